@@ -23,7 +23,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Risk:
-    """Risk of features (n, f), labels y and penalty p. An intercept is a feature of ones."""
+    """Risk of features (n, f), labels y and penalty p, as the module defines it.
+
+    An intercept is the weight of a feature of ones.
+    """
 
     features: NDArray
     y: NDArray
@@ -64,7 +67,9 @@ class Risk:
             self.value, start, jac=self.gradient, hess=self.hessian, method="trust-exact",
             options={"gtol": 1e-5},
         ).x  # fmt: skip
-        for _ in range(3):  # Newton steps are more exact than a search that compares risks
+        # The search compares values of the risk, so rounding stops it early. Newton steps need
+        # only gradients and come closer.
+        for _ in range(3):
             found = found - np.linalg.solve(self.hessian(found), self.gradient(found))
         assert np.linalg.norm(self.gradient(found)) < 1e-12
         return found
@@ -96,7 +101,10 @@ class Risk:
 
 @dataclass(frozen=True)
 class LeastSquares(Risk):
-    """Risk with loss_i = (x_i w - y_i)^2, which is Keras' "mse". Keras' L2(l) means p = 2 l."""
+    """Risk with loss_i = (x_i w - y_i)^2, as Keras' "mse" of one output.
+
+    The penalty of keras.regularizers.L2(l) is sum_j l theta_j^2, so it corresponds to p_j = 2 l.
+    """
 
     def losses(self, theta: NDArray) -> NDArray:
         return (self.features @ theta - self.y) ** 2
@@ -219,7 +227,10 @@ def dense_derivatives(model: keras.Model, loss: Any, x: Any, y: Any) -> Dense:
 
 
 def dense_hessian(model: keras.Model, loss: Any, x: Any, y: Any) -> NDArray:
-    """Return the mean loss's Hessian (d, d) by nested tapes. It is wrong for normalising layers."""
+    """Return the Hessian (d, d) of the mean loss by nested tapes.
+
+    It is wrong for normalising layers, because TensorFlow's second derivatives of these are wrong.
+    """
     weights = model.trainable_weights
 
     @partial(tf.function, autograph=False)

@@ -16,5 +16,5 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def part(digits, folder):
-    """Return the measurements of a small convolutional network."""
+    """Return the results of the CNN benchmark, run on a small network."""
     return cnn.run(digits, SMOKE.network, checkpoints=folder)

@@ -59,7 +59,7 @@ def test_the_residual_is_the_damped_hessians(part, trained):
 
 
 class Known:
-    """A solver that returns a given answer."""
+    """A solver that returns the answer that it was made with."""
 
     rtol = 1e-4
 

@@ -1,4 +1,7 @@
-"""Tests of the benchmark of wrong labels: planted labels, recall, targets and the page."""
+"""Tests of the benchmark that plants wrong labels: which labels it changes, and what it reports.
+
+Its report says how many wrong labels each ranking finds, and which targets a case misses.
+"""
 
 import numpy as np
 import pandas as pd
@@ -48,7 +51,8 @@ def test_the_page_states_misses(tmp_path):
     for name, values in (("digits-uniform-10", first), ("mnist-confusable-20", second)):
         checkpoint.store(kept / f"{name}.npz", values)
         (kept / "cleanlab").mkdir(exist_ok=True)
-        # cleanlab finds all wrong labels of the first set, and none of the second.
+        # With these scores, cleanlab ranks the wrong labels of the first set first, and those of
+        # the second set last.
         by = np.where(first["wrong"], -1.0, 1.0) * (1 if "uniform" in name else -1)
         np.savez(kept / "cleanlab" / f"{name}.npz", self_confidence=by, normalized_margin=by)
     report.write(kept, out, 24)

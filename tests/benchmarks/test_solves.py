@@ -21,7 +21,7 @@ def test_true_residual(digits):
     net, test = digits.closed_form("float64"), digits.test["float64"].take([0, 1])
     B = net.gradients(test.x, test.y).T
     exact = np.linalg.solve(Hessian(net, digits.train["float64"]).dense(), B)
-    # The tolerance is the rounding error times the condition number.
+    # The residual of the exact solution is only rounding: less than 1e-12.
     assert solves.true_residuals(digits, exact).max() < 1e-12
     # The relative residual is 1 for x = 0, and 0.1 for 0.9 times the exact solution.
     found = solves.true_residuals(digits, exact * [0.0, 0.9])

@@ -83,7 +83,10 @@ class _Servers:
 
 
 def write_idx(path, array, magic=None, trailing=b""):
-    """Write a uint8 array as a gzipped idx file, with another magic number or end if given."""
+    """Write a uint8 array as a gzipped idx file.
+
+    `magic` replaces the correct magic number. `trailing` is appended to the data.
+    """
     magic = 0x0800 | array.ndim if magic is None else magic
     path.parent.mkdir(parents=True, exist_ok=True)
     header = struct.pack(f">{1 + array.ndim}I", magic, *array.shape)
@@ -110,7 +113,11 @@ def made_up_mnist(tmp_path_factory):
 
 @pytest.fixture
 def accept(monkeypatch):
-    """Give `accept(folder, base_url=None)`: the registry then expects the folder's MNIST files."""
+    """Give `accept(folder, base_url=None)`.
+
+    After this call, the registry takes the folder's MNIST files for the real ones. With `base_url`,
+    it also downloads them from there.
+    """
 
     def register(folder: Path, base_url: str | None = None) -> tuple[DataFile, ...]:
         def expected(file):

@@ -6,7 +6,7 @@ import data
 
 
 def found(name):
-    """Return the folder of a set, or None, and a mark that skips a test if the set is absent."""
+    """Return (folder, mark). If the set is absent, the folder is None and the mark skips a test."""
     folder = data.find(name)
     reason = f"{name} not found; set INFLUENCE_DATA, or try `python -m data fetch {name}`"
     skip = pytest.mark.skipif(folder is None, reason=reason)

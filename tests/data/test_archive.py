@@ -102,7 +102,10 @@ def test_what_is_refused(tmp_path, content, message):
 
 
 def test_a_sparse_member_is_not_blown_up(tmp_path):
-    """Check a GNU sparse file: a few bytes of the archive represent a terabyte of zeros."""
+    """Check that a GNU sparse file is refused before it is read.
+
+    A few bytes of the archive stand for a terabyte of zeros.
+    """
     header = bytearray(tarfile.TarInfo("set/ham/a.txt").tobuf(tarfile.GNU_FORMAT))
     header[156:157] = tarfile.GNUTYPE_SPARSE
     header[483:495] = tarfile.itn(1 << 40, 12, tarfile.GNU_FORMAT)

@@ -36,7 +36,7 @@ def test_unknown_dtype(dtype):
     ],
 )
 def test_stand_ins_never_change(name, digest, dtype):
-    """Compare a digest of values and split. It is equal for both dtypes."""
+    """Check that values and split of a stand-in have the same digest as ever, for both dtypes."""
     splits = data.load(name, dtype=dtype)
     assert splits.sha256 == digest and splits.stand_in
     assert splits.train[0].dtype == (np.uint8 if name == "fishlike" else np.dtype(dtype))

@@ -44,7 +44,7 @@ def test_real_features_are_the_columns_of_the_file(real):
     sums = real.train[0].sum(axis=0) + real.test[0].sum(axis=0)
     sums = dict(zip(real.feature_names, sums, strict=True))
     assert {n: totals[n] for n in real.feature_names} == sums
-    # The features omit the first level of each category that has two levels.
+    # A category of two levels gives one feature: that of its second level.
     left_out = set(totals) - set(real.feature_names)
     assert len(left_out) == 9 and {"change_Ch", "diabetesMed_No", "acetohexamide_No"} < left_out
 

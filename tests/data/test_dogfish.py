@@ -33,8 +33,8 @@ def test_real_split(real):
 @needs_dogfish
 def test_classes_are_where_the_releases_notebooks_have_them(real):
     # The notebooks show that test point 462 and training images 1380, 203, 1723, 550, 1250 and 1141
-    # are fish. They also show that training images 526, 664, 607, 786 and 1623 are dogs. A wrong
-    # order would agree by chance only once in four thousand times.
+    # are fish. They also show that training images 526, 664, 607, 786 and 1623 are dogs. In a wrong
+    # order, all 12 labels would agree with a probability of only 2^-12.
     assert real.test[1][462] == 1
     assert real.train[1][[1380, 203, 1723, 550, 1250, 1141]].tolist() == [1] * 6
     assert real.train[1][[526, 664, 607, 786, 1623]].tolist() == [0] * 5
@@ -59,7 +59,10 @@ def plain(path, level):
 
 @pytest.fixture
 def imagenettes(tmp_path, small):
-    """Return a folder of photographs with grey level 100 c + 10 s + k: class c, split s, name k."""
+    """Return a folder of photographs. Number k of class c in split s has grey 100 c + 10 s + k.
+
+    Each split has two photographs per class more than the data set uses.
+    """
     for c, synset in enumerate(dogfish.IMAGENETTES):
         for s, (split, count) in enumerate((("train", TRAIN), ("val", TEST))):
             for k in range(count + 2):
@@ -68,7 +71,10 @@ def imagenettes(tmp_path, small):
 
 
 def check(splits, level):
-    """Compare with the seed's order. `level(c, s, k)` is the grey level of an image."""
+    """Check that the rows have the order that seed 0 gives.
+
+    `level(c, s, k)` must return the grey level of photograph k of class c in split s.
+    """
     rng = np.random.RandomState(0)  # one random stream orders the training rows, then the test rows
     for s, (count, (x, y)) in enumerate(((TRAIN, splits.train), (TEST, splits.test))):
         levels = np.array([level(c, s, k) for c in (0, 1) for k in range(count)])
@@ -86,7 +92,7 @@ def test_imagenettes_folders(imagenettes):
 
 
 def test_the_synsets_folders_in_the_order_of_their_numbers(tmp_path, small):
-    numbers = [3, 20, 100, 7, 1000, 33, 4, 51, 602, 8, 77]  # eleven images, one more than needed
+    numbers = [3, 20, 100, 7, 1000, 33, 4, 51, 602, 8, 77]  # eleven images, of which ten are used
     for c, synset in enumerate(dogfish.PAPERS):
         for number in numbers:
             rank = sorted(numbers).index(number)

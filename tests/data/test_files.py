@@ -158,7 +158,11 @@ def test_a_file_of_another_size_is_not_hashed(tmp_path, monkeypatch):
 
 
 def test_names_cannot_forge_a_folder_s_digest(tmp_path):
-    """Check a line break in a file's name. One such file could have the listing of two files."""
+    """Check that a file name with a line break is refused.
+
+    A folder's digest is that of its listing. With a line break in its name, one file can have the
+    same listing as two files.
+    """
     put(tmp_path, path="true/a")
     put(tmp_path, path="true/b")
     put(tmp_path, path=f"forged/a\n{HELLO}  b")

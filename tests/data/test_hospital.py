@@ -39,6 +39,6 @@ def test_test_rows_come_as_they_are(splits):
 
 
 def test_no_row_is_in_both_splits(splits):
-    # A few test rows may equal a training row by chance. An error in the split would give many.
+    # A few test rows may equal a training row by chance. If the split were wrong, many would.
     rows = [set(map(tuple, x)) for x, _ in (splits.train, splits.test)]
     assert len(rows[0] & rows[1]) < 10

@@ -104,9 +104,12 @@ def _comments(source: str) -> dict[int, str]:
 
 
 def compare(value: Any, comment: str, here: str = "") -> None:
-    """Compare a value with the values at the beginning of a comment.
+    """Check that `value` is one of the values with which the comment begins: "3" or "3 or 4".
 
-    Raises: Wrong if they differ, or if the comment has digits that are not read as a value.
+    A comment without digits is not compared. `here` is the file and line, for the message.
+
+    Raises: Wrong if the value differs from all of them, or if the comment does not begin with a
+      value but has digits.
     """
     choices = []
     rest = comment
@@ -127,7 +130,7 @@ def compare(value: Any, comment: str, here: str = "") -> None:
 
 
 def _leading(text: str) -> tuple[list[str], str]:
-    """Split a text into the list of values at its beginning, as strings, and the rest."""
+    """Return (values, rest): the values with which the text begins, and the text after them."""
     found = []
     while True:
         one = _one(text)

@@ -27,7 +27,10 @@ def test_the_blocks_of_a_page_run(path, elsewhere):
 
 
 def _given(path: Path) -> dict:
-    """Return the names that a page uses without defining them: a model, its rows, public names."""
+    """Return the names that a page uses without defining them, with values.
+
+    They are a model, its training and test rows, and the public names of the library.
+    """
     if path.name != "README.md":
         return {}
     import keras
@@ -99,7 +102,7 @@ def test_a_true_comment_passes(value, comment):
         (True, "1"),
         ("one_step", "'first_order'"),
         (0, "None"),
-        (3.0, "about 3"),  # "about 3" has a digit but no value in front
+        (3.0, "about 3"),  # the comment has a digit but does not begin with it
     ],
 )
 def test_a_false_comment_is_found(value, comment):

@@ -17,7 +17,7 @@ pytest.importorskip("furo", reason="requirements-docs.txt is not installed")
 import influence
 
 ROOT = Path(__file__).resolve().parents[2]
-# For each tag, the attribute with the address of a file that the page loads by itself.
+# The browser loads the files of these tags when it opens a page. The attribute has the address.
 _LOADS = {
     "script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src",
     "embed": "src", "object": "data",

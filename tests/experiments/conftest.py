@@ -91,8 +91,8 @@ class FakeData(ModuleType):
         )
 
 
-# The paper's scores are of first order, so the library warns of rows with a large leverage. The
-# figures show the error of these scores.
+# The figures use scores of first order, as the paper does. The library warns that these scores are
+# inaccurate for rows of large leverage. The figures show this error, so tests ignore the warning.
 FIRST_ORDER = pytest.mark.filterwarnings("ignore:.* have a leverage above 0.1:UserWarning")
 
 
@@ -114,9 +114,8 @@ def fake(tmp_path, monkeypatch):
     package = FakeData("data")
     monkeypatch.setitem(sys.modules, "data", package)
     monkeypatch.delenv("INFLUENCE_OUT", raising=False)
-    monkeypatch.setattr(
-        gc, "collect", lambda *_: 0
-    )  # otherwise Keras collects the garbage of all earlier tests
+    # Each run calls Keras' clear_session, which would collect the garbage of all earlier tests.
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
     monkeypatch.chdir(tmp_path)
     module = experiments.load("fake")
     module.data = package

@@ -57,7 +57,8 @@ def test_committed_runs_pass_every_check(folder):
     command, preset = experiments.present(record.experiment, record.preset)
     module = experiments.load(command)
     assert claims.failed(module, preset, record.metrics) == []
-    # The networks `small` and `learnt` exist only for stand-ins. The real records use other names.
+    # FINDING refers to metrics in braces. Two names are those of the stand-in's networks, `small`
+    # and `learnt`. The metrics of a real run have other names.
     said = module.FINDING.replace("_small}", "_mobilenet}").replace("learnt/relu2", "svm")
     told = re.findall(r"\{(.+?)\}", said)
     assert told and set(told) <= record.metrics.keys()

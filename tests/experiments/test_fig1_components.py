@@ -29,8 +29,8 @@ def test_variants_are_their_closed_forms():
     g = p.measured.gradients(p.theta)  # (m, d)
     s_test = np.linalg.solve(p.oracle.hessian(p.theta), g.T).T
     own = p.oracle.gradients(p.theta) + p.net.weight_decay * p.theta
-    # The gradient of the loss is (p - y) x. The variant without the training loss keeps the sign of
-    # p - y and replaces its size, 1 - p_y, by one.
+    # The gradient of the loss is (p - y) x, where p is the probability of class 1. Its size |p - y|
+    # is large for rows with a large loss. The variant `no_train_loss` replaces this size by 1.
     signed = np.where(p.train.y == 1, -1, 1)[:, None] * p.train.x
     assert relative_error(full, s_test @ own.T) < 1e-10
     assert relative_error(no_train_loss, s_test @ signed.T) < 1e-10
@@ -42,7 +42,7 @@ def test_full_variant_is_the_change_of_a_refit():
     p = logistic("sigmoid", num_rows=400)
     full = fig1.variants(Influence(p.net, p.train, solver=Direct()), p.test)[0]
     actual = 400 * p.oracle.actual_changes(p.theta, p.measured, [5, 100])
-    # The influence has a relative error of order 1 / n.
+    # Influence is first order in 1 / n, so its relative error is of order 1 / n, with n = 400.
     assert relative_error(full[:, [5, 100]], actual) < 0.03
 
 
@@ -50,7 +50,9 @@ def test_smoke(record):
     metrics, arrays = record.metrics, record.arrays
     assert metrics["num_train"] == 265 and metrics["num_test"] == 96
     assert metrics["test_digit"] == 7
-    # No pixel is negative. Without H, the label therefore determines the sign of the loss's part.
+    # Without H^-1, the part of a score that comes from the losses is a factor times the inner
+    # product of two images. This product is not negative, because no pixel is. The factor is
+    # positive if the labels are equal and negative if they differ.
     assert metrics["label_sign_no_hessian"] == 1
     assert metrics["further_lowest_label_sign_no_hessian"] == 1
     assert metrics["worst_refit_gradient_norm"] <= 1e-8

@@ -1,4 +1,7 @@
-"""Tests of Figure 2, right: a small network's predictions and truths against their definitions."""
+"""Tests of Figure 2, right, on a small network.
+
+The predicted and the actual changes of test losses are compared with their definitions.
+"""
 
 import dataclasses
 
@@ -31,7 +34,7 @@ def record(digits, folder):
 
 @pytest.fixture(scope="module")
 def trained(digits):
-    """Return a net, its training set and test points, trained as in the run of `record`."""
+    """Return (net, train, test points). The net is trained as in the run that gave `record`."""
     train, test = mnist_cnn.images(digits, SMALL)
     net = mnist_cnn.network(SMALL, train)
     net.fit(train, schedule=SMALL.schedule, batch_size=SMALL.batch_size)
@@ -75,11 +78,13 @@ def test_metrics_are_of_the_arrays(record):
         r = np.corrcoef(sides[one][0, first], sides[other][0, first])[0, 1]
         assert arrays["step_pearson"][i] == pytest.approx(r, rel=1e-9)
         assert arrays["step_slope"][i] == pytest.approx(line[0], rel=1e-6)
-    assert metrics["pearson_proximal"] > 0.9  # damped influence predicts the proximal truth
+    # Damped influence is the linearisation of the proximal response, so the two correlate.
+    assert metrics["pearson_proximal"] > 0.9
     for truth in ("proximal", "bregman"):
         assert arrays[f"{truth}_gradient_norm"].max() <= SMALL.tolerance
         assert metrics[f"{truth}_lost"] == 0
-    # The net is in float64, so this error comes only from the tolerance of the refits.
+    # The metric is the error of the refits by float32 and by their tolerance. This net is in
+    # float64, so only the tolerance causes an error.
     assert metrics["proximal_float32_error"] < 0.05
     assert arrays["drift"].shape == (2,) and (arrays["drift"] != 0).all()
     assert 0 < metrics["slow_spread"] < 0.2 * np.std(arrays["actual_continued"][0, first])
@@ -111,7 +116,7 @@ def test_truths_are_the_library_s(record, trained):
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(record, digits, folder):
-    paths = sorted(folder.glob("refits-*"))  # only the stored refits are removed
+    paths = sorted(folder.glob("refits-*"))  # only stored refits are removed, no other stage
     assert paths
     for path in paths[::2]:
         path.unlink()

@@ -1,4 +1,7 @@
-"""Tests of Figure 2, right, at a minimum: a small network, its refits, and an interrupted run."""
+"""Tests of Figure 2, right, for a small network at a minimum of its risk.
+
+The run with its refits is compared with dense matrices, and an interrupted run with a whole one.
+"""
 
 import dataclasses
 
@@ -17,7 +20,7 @@ SMOKE = fig2_cnn_minimum.PRESETS["smoke"]
 
 @pytest.fixture(scope="module")
 def refitted_from():
-    """Return a list for the gradient norms of the nets from which refits start."""
+    """Return a list that collects the net's gradient norm at the start of each set of refits."""
     return []
 
 
@@ -52,12 +55,14 @@ def test_at_a_minimum_influence_is_what_refits_say(converged, refitted_from):
     assert np.isnan(np.delete(part, first, axis=1)).all()
     actual = part, arrays["actual_minimum"]
     lost = [np.abs(predicted - one)[0, first].max() for one in actual]
-    assert lost[0] < 0.2 * lost[1]  # the error of first order is a tenth of the change
+    # The refits of `part` remove a tenth of a row's weight, and their change is multiplied by ten.
+    # The error of first order is then about a tenth of its error for the removal of whole rows.
+    assert lost[0] < 0.2 * lost[1]
     assert metrics["slope_part"] == pytest.approx(1, abs=0.05)
     num = len(arrays["removed"])
     assert arrays["refit_distance"].shape == arrays["refit_passes"].shape == (num,)
     assert (arrays["refit_passes"] > 0).all() and (arrays["refit_distance"] > 1e-4).all()
-    # Refits start at the theta that was certified in float64.
+    # Both sets of refits start at the theta whose gradient norm the record reports.
     assert refitted_from == [metrics["gradient_norm"]] * 2
 
 
@@ -123,7 +128,8 @@ def test_config_is_checked(options, message):
 
 def test_remarks_name_the_rows_left_out_and_the_effect_of_own_curvature():
     predicted = np.array([0.1, -0.4, 0.3, -0.2, 0.26])
-    # Each number is the share of the curvature that disappears with the row.
+    # Removing row i removes the share own[i] of the curvature, so its change is 1 / (1 - own[i])
+    # times the prediction.
     own = np.array([0.6, 0.1, 0.5, 0.4, 0.2])
     actual = predicted / (1 - own)
     actual[2] = np.nan
@@ -137,7 +143,8 @@ def test_remarks_name_the_rows_left_out_and_the_effect_of_own_curvature():
     out, why = fig2_cnn_minimum.remarks(Record(arrays=arrays))
     assert out.startswith("Who is left out: 1 of the 5 rows of test point 7 ")
     assert "they have the place 2. Their mean |predicted change| is 0.300 nats" in out
-    # The mean of the others is (0.1 + 0.4 + 0.2 + 0.26) / 4.
+    # The row at place 2 has no refit. The mean |prediction| of the others is (0.1 + 0.4 + 0.2 +
+    # 0.26) / 4 = 0.24.
     assert "that of the others 0.240 nats" in out
     rest = np.isfinite(actual)
     r = np.corrcoef(predicted[rest], actual[rest])[0, 1]

@@ -28,9 +28,9 @@ def test_influence_predicts_what_refits_say(record):
     r = np.corrcoef(actual, predicted)[0, 1]
     assert metrics["pearson_cg"] == pytest.approx(r, rel=1e-12) and r > 0.9999
     assert metrics["slope_cg"] == pytest.approx(slope(actual, predicted), rel=1e-9)
-    assert (
-        0.95 < metrics["slope_cg"] < 1
-    )  # the digits have few rows, so each row contributes much of the curvature
+    # The slope is below 1: first order predicts too small a change, because it ignores the
+    # curvature that a removed row takes away. This is a large part for the few rows of the digits.
+    assert 0.95 < metrics["slope_cg"] < 1
     assert metrics["sign_agreement_cg"] == 1
     assert (metrics["smallest_actual"], metrics["largest_actual"]) == (actual.min(), actual.max())
     assert metrics["cg_against_direct"] < 1e-6

@@ -80,7 +80,8 @@ def test_actual_changes_are_those_of_linear_svc(record, rows):
 
 
 def test_without_curvature_only_the_penalty_is_inverted(record, rows):
-    # At t = 0, H is lambda I. The prediction is therefore g' (h_i + lambda w) / (n lambda).
+    # At t = 0 the hinge has no curvature, so H = lambda I. With the gradients g of the test loss
+    # and h_i of training loss i, the prediction is g' (h_i + lambda w) / (n lambda).
     x, y, u, v = rows
     w = svm(x, y, SMOKE.weight_decay)
     margins = y * (x @ w)

@@ -51,7 +51,8 @@ def test_the_published_points_are_claims_of_their_own():
     published = [claim for claim in points.values() if claim.published]
     assert len(published) == 36
     assert points["found_published_10"].low == pytest.approx(0.9 * 0.62)
-    # The standard error of a share of .955 among 1,035 mails is .00644.
+    # The tolerance is two standard errors. A share of .955 among 1,035 mails has the standard error
+    # .00644.
     accuracy = points["accuracy_published_10"]
     assert accuracy.published and accuracy.published.value == 0.955
     assert accuracy.published.tolerance == pytest.approx(0.01289, abs=1e-5)
@@ -67,7 +68,8 @@ def test_found_and_accuracy_by_flip_step_repeat_method_and_check_step(record):
     for name in ("found", "accuracy"):
         one, two = arrays[name][0]
         np.testing.assert_allclose(arrays[f"{name}_mean"][0], (one + two) / 2, rtol=1e-12)
-        error = abs(one - two) / 2  # the standard error of two draws is sqrt((one - two)^2 / 2 / 2)
+        # Two draws have the variance (one - two)^2 / 2, and their mean half of it.
+        error = abs(one - two) / 2
         np.testing.assert_allclose(arrays[f"{name}_error"][0], error, atol=1e-15)
     assert metrics["found_published_10"] == pytest.approx(arrays["found_mean"][0, 1, 1])
     assert metrics["accuracy_loss_30"] == pytest.approx(arrays["accuracy_mean"][0, 2, 5])
@@ -79,7 +81,10 @@ def test_found_and_accuracy_by_flip_step_repeat_method_and_check_step(record):
 
 @pytest.mark.parametrize("flip_step, repeat", [(1, 0), (2, 1)])
 def test_a_draw_is_that_of_dense_algebra(few, of_few, flip_step, repeat):
-    """Compute flips, scores, orders, corrections and refits from closed forms."""
+    """Compare one draw of the run with the same draw, computed from closed forms.
+
+    A draw flips labels, scores all mails, corrects labels in several orders, and refits.
+    """
     record = of_few
     x, y = few.train[0].toarray(), few.train[1]
     x_test, y_test = few.test[0].toarray(), few.test[1]
@@ -99,8 +104,8 @@ def test_a_draw_is_that_of_dense_algebra(few, of_few, flip_step, repeat):
     sigma = 1 / (1 + np.exp((2 * noisy - 1) * (x @ theta)))
     leverage = np.diag(x @ np.linalg.inv(risk.hessian(theta)) @ x.T)
     scores = (sigma**2 * leverage, sigma * leverage, risk.losses(theta))
-    # Take one exact Newton step without the mail's loss. The step removes both the mail's gradient
-    # and its curvature.
+    # For each mail, take one Newton step on the risk without this mail's loss. The step uses the
+    # gradient and the Hessian of this risk.
     H, signs, margins = risk.hessian(theta), 2 * noisy - 1, np.empty(40)
     for i, own in enumerate(x):
         without = H - sigma[i] * (1 - sigma[i]) * np.outer(own, own) / 40
@@ -236,7 +241,7 @@ def test_one_draw_of_the_real_mails():
     assert 0.96 <= fig6._accuracy(net, test) <= 0.985
     one = fig6._draw(fig6._Task(config, train, test, net.design.gram(train.x), net.theta), 2, 0)
     assert fig6._count(config, train, 2) == 412
-    # A single draw differs from the mean of many draws by at most 0.05.
+    # The expected values are means of many draws. A single draw may differ from them by 0.05.
     assert one["found"][1, 0] == pytest.approx(0.63, abs=0.05)
     assert one["found"][1, 1] == pytest.approx(0.86, abs=0.05)
     assert one["found"][2, 0] == pytest.approx(0.51, abs=0.05)

@@ -306,7 +306,9 @@ def test_a_full_disk_is_one_line_and_74_and_the_same_command_continues(
     for line in capsys.readouterr().err.splitlines():
         assert f"{failing} could not be written (No space left on device); make room" in line
         assert "the same command again continues" in line
-    if failing != "figure.pdf":  # in these cases the older record stays complete
+    # figure.pdf is written last, after the other files were replaced. If one of these cannot be
+    # written, none is replaced, and the older record stays complete.
+    if failing != "figure.pdf":
         assert {name: Path("out/fake-paper", name).read_bytes() for name in FILES} == before
     assert main(["fake", "--preset", "paper"]) == 0
     assert sorted(os.listdir("out/fake-paper")) == FILES

@@ -32,7 +32,7 @@ def test_readme_is_short_and_so_is_its_table():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
     rows = report.headlines(report.read_all(RESULTS), RESULTS)
     assert 16 <= len(rows) <= 18
-    # The first rows are the paper's results. Their labels also show what fell short.
+    # The first rows are the paper's results. A label says so if a run was shortened.
     assert [row["label"] for row in rows][:4] == [
         "Figure 1",
         "Figure 2, left",
@@ -51,7 +51,8 @@ def test_every_page_of_an_experiment_says_what_its_record_says():
     for name, text in now.items():
         said = (PAGES / name).read_text(encoding="utf-8")
         assert said == text, f"docs/experiments/{name} is out of date: run `make readme`"
-    # A remark that cannot be made is omitted without an error, so check that this one is present.
+    # If a record lacks the numbers for a remark, its page omits the remark without an error. So
+    # check that this page has its remark.
     assert "the row's own curvature" in now["fig2-cnn-minimum.md"]
     index = (PAGES / "README.md").read_text(encoding="utf-8")
     assert index == markdown.with_block(index, markdown.index(RESULTS))

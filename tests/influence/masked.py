@@ -82,7 +82,10 @@ def classes(*shape, seed=1):
 
 
 def voided(y, label, seed=2):
-    """Return the labels with `label`, which marks no class, in some places and all of row 1."""
+    """Return labels in which some entries, and all of row 1, are replaced by `label`.
+
+    `label` is the number that marks an ignored position.
+    """
     void = np.random.default_rng(seed).random(y.shape) < 0.4
     void[1] = True
     return np.where(void, label, y).astype("uint8")

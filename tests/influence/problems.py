@@ -20,13 +20,13 @@ from tests import oracles
 
 @dataclass(frozen=True)
 class Problem:
-    """A net at the minimum of its risk, its data, and closed forms of its losses."""
+    """A net at the minimum of its risk, with its data and with oracles of its losses."""
 
     net: GenericNeuralNet
     train: Examples
     test: Examples
-    oracle: oracles.Risk  # the risk of the training rows
-    measured: oracles.Risk  # the losses of the test rows
+    oracle: oracles.Risk  # closed form of the risk of the training rows
+    measured: oracles.Risk  # closed form of the losses of the test rows
 
     @property
     def theta(self) -> NDArray:
@@ -41,7 +41,11 @@ def relative_error(got: Any, expected: Any) -> float:
 
 
 class _Traced(dict):
-    """Dictionary of traced functions. Those of losses and of penalties are shared separately."""
+    """Dictionary of a net's traced functions, in two parts.
+
+    `penalty` has the functions that compute the penalty, and `losses` has all others. Each part may
+    be shared with other nets.
+    """
 
     def __init__(self, losses: dict[str, Any], penalty: dict[str, Any]):
         self.losses, self.penalty = losses, penalty
@@ -59,20 +63,21 @@ class _Traced(dict):
         self._part(name)[name] = function
 
 
-# Nets with the same layers and loss share traced functions of losses. Nets with the same layers and
-# regularisers share traced functions of penalties.
+# _LOSSES has the traced functions that compute losses. Nets with the same layers and loss share
+# them. _PENALTIES has those that compute penalties. Nets with the same layers and regularisers
+# share them.
 _LOSSES: dict[tuple, dict[str, Any]] = {}
 _PENALTIES: dict[str, dict[str, Any]] = {}
-# The last net of each kind. It may already have measured the memory of its activations.
+# The last net of each kind. If it has measured the memory of its activations, the next one uses it.
 _LAST: dict[tuple, Any] = {}
 
 
 def traced_once(net: GenericNeuralNet, loss: Any) -> GenericNeuralNet:
     """Return the net with the functions traced for other nets of the same layers and loss.
 
-    Traced functions take theta as an argument, but would contain the values of other variables. So
-    a net with other variables is returned unchanged. A trace takes up to a second, and the tests
-    would need thousands of traces.
+    A trace takes up to a second, and the tests would need thousands of traces. Traced functions
+    take theta as an argument, but they contain the values of all other variables. So a net that has
+    variables outside theta is returned unchanged.
 
     Args:
       net: a net without traced functions.

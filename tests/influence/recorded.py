@@ -23,7 +23,7 @@ def rows(n=N, seed=0):
 
 @contextmanager
 def double():
-    """Make Keras add losses and penalties in float64."""
+    """Give a context in which Keras adds the penalties to the loss in float64."""
     before = keras.config.floatx()
     keras.config.set_floatx("float64")
     try:
@@ -76,7 +76,7 @@ def gradients(theta, x, y):
 
 
 def descend(theta, x, y, batches):
-    """Return theta after one step of Keras' SGD with momentum for each batch of rows."""
+    """Return theta after Keras' SGD with momentum, one step for each entry of `batches`."""
     velocity = np.zeros_like(theta)
     l2 = np.append(np.full(FEATURES * CLASSES, 2 * PENALTY), np.zeros(CLASSES))
     for batch in batches:

@@ -92,7 +92,7 @@ def test_metrics_are_those_of_the_arrays(record):
     ratios = arrays["largest_influence"][0] / arrays["largest_influence"][1:]
     assert metrics["least_median_ratio_of_largest_influence"] == np.median(ratios, axis=1).min()
     of_point = [metrics[f"ratio_of_largest_influence_of_test_point_{name}"] for name in NAMES[1:]]
-    # This is the largest |score| of each model for the test point.
+    # `scores` has the largest |score| of each model for the test point. The SVM is model 0.
     scores = np.abs(arrays["score"]).max(axis=1)
     np.testing.assert_allclose(of_point, scores[0] / scores[1:], rtol=1e-12)
     assert metrics["least_ratio_of_largest_influence_of_test_point"] == min(of_point)
@@ -267,7 +267,8 @@ def test_a_dog_and_options_beyond_the_data_are_refused(splits, monkeypatch):
     with pytest.raises(ValueError, match=f"test_point must be a fish .*, got {dog}"):
         fig4.run(dataclasses.replace(SMOKE, test_point=dog), splits)
     assert fig4.PRESETS["standard"].test_point is None
-    monkeypatch.setattr(trunks, "timed_features", None)  # computing features would raise an error
+    # Without this function, computing features would fail. Options are refused before that.
+    monkeypatch.setattr(trunks, "timed_features", None)
     for name, what in (("top_svm", "training images"), ("num_fish", "test fish of margins below")):
         with pytest.raises(Misuse, match=rf"{name} must be at most \d+, the {what}.*, got 9999"):
             fig4.run(dataclasses.replace(SMOKE, **{name: 9999}), splits)
@@ -329,7 +330,10 @@ def test_the_linear_svms_inner_products_are_the_kernel(images, labels):
 
 @pytest.mark.parametrize("t", [1e-3, 3.0])
 def test_the_minimum_is_that_of_the_kernels_own_risk(images, labels, t):
-    """Write the risk in the coefficients c of z = K c: mean loss + lambda/2 c' K c."""
+    """Compare with BFGS on the risk as a function of c, where the outputs are z = K c.
+
+    K (n, n) is the kernel matrix. The risk is the mean loss plus lambda/2 c' K c.
+    """
     model, distance = svm(images, labels, t)
     assert model.gradient_norm < 1e-10
     K, s = np.exp(-0.02 * distance[:N]), 2 * labels[0] - 1
@@ -340,7 +344,8 @@ def test_the_minimum_is_that_of_the_kernels_own_risk(images, labels, t):
         slope = -s * scipy.special.expit(u) / N + 0.01 * c
         return (t * np.logaddexp(0, u)).mean() + 0.005 * c @ z, K @ slope
 
-    start = np.linalg.solve(model.train.x.T, model.net.theta)  # w = L' c
+    # The model's features L satisfy K = L L', and its weights are w = L' c. Solve this for c.
+    start = np.linalg.solve(model.train.x.T, model.net.theta)
     value, gradient = risk(start)
     assert np.abs(gradient).max() < 1e-9
     options = {"gtol": 1e-9, "maxiter": 5000}
@@ -374,7 +379,10 @@ def test_a_head_at_its_minimum_and_its_scores():
 
 
 def test_scores_are_what_happens(images, labels):
-    """Compare with a refit without one image. A large t, 1.0, makes the loss smooth."""
+    """Compare scores with the changes after a refit without image 4.
+
+    With t = 1 the loss is so smooth that first order is accurate.
+    """
     model, distance = svm(images, labels, 1.0, weight_decay=0.1)
     scores = model.scores(np.arange(M))
     keep = np.delete(np.arange(N), 4)

@@ -1,4 +1,7 @@
-"""Tests of poisons against scikit-learn's refits, and of the ranks and distances of their rows."""
+"""Tests of poisons against refits by scikit-learn, and of how unusual a poisoned row is.
+
+A row is unusual if its loss ranks high or if it is far from the mean of its class.
+"""
 
 import dataclasses
 
@@ -14,7 +17,7 @@ SMOKE = fig5.PRESETS["smoke"]
 
 
 def refitted(x, y, weight_decay):
-    """Return theta of a fit by scikit-learn."""
+    """Return the weights of logistic regression, fitted by scikit-learn."""
     C = 1 / (len(y) * weight_decay)
     model = LogisticRegression(C=C, fit_intercept=False, tol=1e-10, max_iter=10_000)
     return model.fit(x, y).coef_[0]

@@ -1,4 +1,7 @@
-"""Tests of heads on features: the group of test images, standardising, the choice of a head."""
+"""Tests of heads on a trunk's features.
+
+They cover the group of similar test images, standardised features, and the choice among heads.
+"""
 
 import dataclasses
 

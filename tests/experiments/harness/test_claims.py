@@ -48,7 +48,7 @@ def test_all_of_a_verdict():
         (FIGURE, 0.9, "", "reproduced"),
         (FIGURE, 0.9, "shortened", "reproduced, shortened"),
         (FIGURE, 0.9, "stand-in", "reproduced on a stand-in"),
-        (FIGURE, 0.95, "", "not reproduced"),  # the band ends at .86 + 10 % = .946
+        (FIGURE, 0.95, "", "not reproduced"),  # .95 is above the band, which ends at .946
         (FIGURE, 0.77, "shortened", "not reproduced"),
         (FIGURE, math.nan, "stand-in", "not reproduced"),
         (None, 0.9, "", "not comparable"),
@@ -76,7 +76,7 @@ def test_the_band_is_the_papers_uncertainty_or_a_tenth():
     assert (claim.low, claim.high) == (-165, -135)
     claim = Claim("r", "words", Published("1", 13, 3))
     assert (claim.low, claim.high) == (10, 16)
-    # The given band is narrower than the tolerance.
+    # The default band would be .95 +- 10 %. A claim may give a narrower band, here [.93, 1].
     claim = Claim("r", "words", Published("1", 0.95), 0.93, 1.0)
     assert (claim.low, claim.high) == (0.93, 1.0)
     with pytest.raises(ValueError, match=r"low of r must lie within the tolerance .* got 0\.6"):
@@ -90,8 +90,9 @@ def _tail(share, least, size):
     )
 
 
-# At the lower bound, a count at least as high as the observed one has probability 2.5 %. At the
-# upper bound, a count at most as high has this probability.
+# The interval [low, high] of Clopper and Pearson is for the true share. If the share is `low`, a
+# count of at least the observed one has probability 2.5 %. If the share is `high`, a count of at
+# most the observed one has this probability.
 @pytest.mark.parametrize("count", [0, 1, 30, 59, 60])
 def test_the_interval_of_a_share_is_clopper_and_pearsons(count):
     for size in (60, "trials"):
@@ -110,9 +111,11 @@ def test_the_interval_of_a_correlation():
 
 def test_an_interval_holds_where_it_meets_the_band():
     claim = Claim("share", "words", Published("1", 0.567, 0.041), sample=Sample("share", 60))
-    judged = claim.judge({"share": 0.5})  # the interval is [.37, .63]
+    # The band is .567 +- .041. The first interval, [.37, .63], overlaps it. The second one, [.11,
+    # .32], does not.
+    judged = claim.judge({"share": 0.5})
     assert judged["holds"] and judged["interval"][1] == pytest.approx(0.632, abs=1e-3)
-    assert not claim.judge({"share": 0.2})["holds"]  # the interval is [.11, .32]
+    assert not claim.judge({"share": 0.2})["holds"]
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 0.9), (math.nan, 1.0), (0.0, math.nan)])

@@ -40,7 +40,7 @@ def test_an_option_that_has_no_meaning_is_refused(changed, message):
     ],
 )
 def test_an_option_beyond_the_data_is_refused(monkeypatch, changed, message):
-    # Fitting a model would raise an error.
+    # Without its model class, the run cannot fit anything. It must refuse the option before that.
     monkeypatch.setattr(fig2, "MulticlassLogisticRegression", None)
     with pytest.raises(Misuse, match=f"^{message}"):
         fig2.run(dataclasses.replace(SMOKE, **changed), data.load("digits"))

@@ -69,7 +69,8 @@ def test_json_is_strict_and_says_null_for_nan(tmp_path):
 
 def test_same_record_same_bytes(tmp_path):
     _record().save(tmp_path / "first")
-    time.sleep(1.1)  # HDF5 can store times in seconds, so wait for another second
+    # HDF5 can store the time of writing, in whole seconds. Wait until such a time would differ.
+    time.sleep(1.1)
     _record().save(tmp_path / "second")
     for name in ("record.json", "arrays.h5"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
@@ -223,6 +224,6 @@ def test_commit(tmp_path, monkeypatch):
     assert commit(tmp_path) == head
     (tmp_path / "notes.txt").write_text("no number depends on this")
     assert commit(tmp_path) == head
-    assert commit(code) == "built-from"  # only a repository's top folder counts
+    assert commit(code) == "built-from"  # `code` is in a repository, but is not its top folder
     (code / "net.py").write_text("a = 2\n")
     assert commit(tmp_path) == f"{head}-dirty"

@@ -94,7 +94,7 @@ def test_the_numbers_are_on_the_screen_of_a_phone(opened):
     for cell in cells:
         box = cell.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390
-    # The first number is visible without scrolling, and its label contains "ours".
+    # On a narrow screen, the first result is visible without scrolling, and CSS labels it "ours".
     assert cells[1].inner_text() == "0.853 [0.79, 0.9] / 0.5"
     assert cells[1].bounding_box()["y"] < 844
     label = "getComputedStyle(document.querySelectorAll('td.n')[1], '::before').content"

@@ -31,7 +31,10 @@ def record(splits, folder):
 
 @pytest.fixture(scope="module")
 def closed_form(splits):
-    """Return the closed-form risk without the removed rows, its minimum, and the test child."""
+    """Return (risk, theta, child): the risk without the removed rows, its minimum, a test child.
+
+    `child` is the risk of this single test row. All are oracles in NumPy.
+    """
     x, y = splits.train
     age = splits.feature_names.index("age_[0-10)")
     stays = [i for i in range(len(x)) if x[i, age] and not y[i]]
@@ -43,7 +46,8 @@ def closed_form(splits):
 
 def test_every_claim_has_its_metric_and_every_check_passes_on_the_stand_in(record):
     assert failed(hospital, "smoke", record.metrics) == []
-    # The stand-in has the feature DIED. Therefore smoke computes every number of the real run.
+    # One claim is about the feature that marks patients who died. The stand-in has this feature
+    # too, so its run must give a metric for every claim.
     assert {claim.metric for claim in hospital.CLAIMS} <= set(record.metrics)
 
 
@@ -67,8 +71,8 @@ def test_influence_and_refits_are_those_of_the_closed_form(record, closed_form):
     np.testing.assert_allclose(arrays["coefficients"], theta, atol=1e-7)
     rows = arrays["removed"]
     predicted = risk.predicted_changes(theta, child, rows)[0]
-    # The smallest eigenvalue is the penalty, 1e-4. A gradient norm of 1e-10 therefore leaves an
-    # error of at most 1e-6 in theta.
+    # The smallest eigenvalue of the Hessian is at least the weight decay, 1e-4. A fit that stops at
+    # a gradient norm of 1e-10 therefore leaves an error of at most 1e-10 / 1e-4 = 1e-6 in theta.
     np.testing.assert_allclose(arrays["influence"][rows], predicted, rtol=1e-5)
     some = [0, 1, 2, 3, 40]
     actual = risk.actual_changes(theta, child, rows[some])[0]
@@ -91,7 +95,8 @@ def test_derivative_by_the_input_is_the_closed_form_s(record, closed_form):
 
 
 def test_the_stopped_model_is_the_one_that_stopped(record, splits):
-    # On the stand-in, 1,000 iterations are enough to converge, and two iterations are not.
+    # The authors' code stops its models after 1,000 iterations. On the stand-in, a model converges
+    # in 1,000 iterations, but not in the two iterations of `early`.
     assert record.metrics["stopped_gradient_norm"] < 1e-5
     assert abs(record.metrics["stopped_ratio_to_next"] - record.metrics["ratio_to_next"]) < 1e-2
     early = dataclasses.replace(SMOKE, release_iterations=2, num_removals=4, num_moved_features=1)
@@ -111,7 +116,8 @@ def test_figure(record, splits):
     np.testing.assert_array_equal([bar.get_width() for bar in rows.patches], expected)
     reds = [bar.get_facecolor() for bar in rows.patches[:3]]
     assert len(set(reds)) == 1 and reds[0] != rows.patches[5].get_facecolor()
-    assert [len(line.get_xdata()) for line in rows.lines] == [2]  # no published values are drawn
+    # The only line is the vertical line at 0. Published values would be a second line.
+    assert [len(line.get_xdata()) for line in rows.lines] == [2]
     (drawn,) = [line for line in children.lines if len(line.get_xdata()) == 40]
     np.testing.assert_array_equal(drawn.get_ydata(), arrays["probability_correct"])
     derivative = -3980 * arrays["derivative"][~arrays["readmitted"]][0]
@@ -122,7 +128,7 @@ def test_figure(record, splits):
         np.testing.assert_allclose(widths, values[order])
         long = np.array(splits.feature_names)[order]
         assert names == [name.replace("_disposition_id", "") for name in long]
-        # The child's features have another colour.
+        # The bars of the test child's own features have another colour than the others.
         assert len({bar.get_facecolor() for bar in axis.patches}) == 2
     (refitted,) = [line for line in features.lines if line.get_label() == "refitted"]
     np.testing.assert_allclose(refitted.get_xdata(), -3980 * arrays["moved_actual"])
@@ -178,7 +184,7 @@ def test_the_comparison_row_by_row_finds_what_differs(record):
         "worst_printed_influence": 0,
     }  # fmt: skip
     arrays["probability_correct"][after.argmin()] = 0.6
-    influence[claims.HARMFUL[1]] *= 1.5  # this makes it the most harmful row
+    influence[claims.HARMFUL[1]] *= 1.5  # the second most harmful row becomes the most harmful
     found = hospital._beside_the_notebook(seen, arrays, influence)
     assert found["published_flips_among_ours"] == 12
     assert found["worst_probability"] == pytest.approx(0.6 / after.min() - 1)

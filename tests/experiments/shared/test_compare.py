@@ -15,15 +15,15 @@ def axis():
 
 
 def test_agreement_with_values_by_hand():
-    """Use deviations from the mean of -2, 0, 2 (actual) and -1, -1, 2 (predicted)."""
+    """Compare predicted values -1, -1, 2 with actual values -2, 0, 2. Both have the mean 0."""
     found = compare.agreement(np.array([-1.0, -1.0, 2.0]), np.array([-2.0, 0.0, 2.0]))
     assert found["slope"] == pytest.approx(6 / 8)
     assert found["intercept"] == pytest.approx(0, abs=1e-15)
     assert found["pearson"] == pytest.approx(6 / np.sqrt(8 * 6))
-    assert found["spearman"] == pytest.approx(
-        np.sqrt(3) / 2
-    )  # the ranks are 1.5, 1.5, 3 and 1, 2, 3
-    assert found["sign_agreement"] == pytest.approx(2 / 3)  # 0 has no sign, so it never agrees
+    # Spearman's coefficient is Pearson's r of the ranks 1.5, 1.5, 3 and 1, 2, 3.
+    assert found["spearman"] == pytest.approx(np.sqrt(3) / 2)
+    # The middle pair is (-1, 0). Zero has no sign, so this pair does not agree.
+    assert found["sign_agreement"] == pytest.approx(2 / 3)
     assert found["largest_difference"] == 1
 
 
@@ -32,7 +32,8 @@ def test_agreement_sees_scale_sign_and_offset():
     found = compare.agreement(-2 * actual + 3, actual)
     for name, value in (("pearson", -1), ("spearman", -1), ("slope", -2), ("intercept", 3)):
         assert found[name] == pytest.approx(value)
-    assert found["sign_agreement"] == 0.25  # only the prediction for 0.5 has the right sign
+    # The predictions are 5, 2, -1 and -5. Only the second one has the sign of the actual value.
+    assert found["sign_agreement"] == 0.25
     assert found["largest_difference"] == 9
 
 
@@ -106,8 +107,7 @@ def test_with_others_draws_without_repetition():
     again = compare.with_others(7, np.arange(10), 4, seed=3)
     np.testing.assert_array_equal(again, compare.with_others(7, np.arange(10), 4, seed=3))
     assert (again != compare.with_others(7, np.arange(10), 4, seed=4)).any()
-    assert 50 in compare.with_others(
-        50, np.arange(3), 2, seed=0
-    )  # the first point need not be among the others
+    # Point 50 is in the result, although the others are chosen among the points 0, 1 and 2 only.
+    assert 50 in compare.with_others(50, np.arange(3), 2, seed=0)
     with pytest.raises(ValueError, match="count must be at most 9, the other points, got 10"):
         compare.with_others(7, np.arange(10), 10, seed=0)

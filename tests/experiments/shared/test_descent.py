@@ -27,7 +27,7 @@ def test_ends_at_a_minimum_that_it_reports():
     assert found.gradient_norm[-1] == pytest.approx(net.gradient_norm(examples))
     values = np.linalg.eigvalsh(Hessian(net, examples).dense())
     assert found.smallest_eigenvalue[-1] == pytest.approx(values[0], abs=1e-9)
-    assert found.num_negative[0] > 0  # the descent starts at negative curvature
+    assert found.num_negative[0] > 0  # the Hessian at the start has negative eigenvalues
 
 
 def test_a_quadratic_takes_one_round():
@@ -79,11 +79,13 @@ def test_what_was_interrupted_ends_with_the_same_bits(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(descent, "_round", lambda *a: (formed.append(0), _ROUND(*a)))
         found = descend(net, examples, checkpoints=tmp_path, **settings)
-    assert len(formed) == len(found.risk) - 1 - rounds  # no stored round is computed again
+    # The interrupted run has stored `rounds` rounds. They are not computed again.
+    assert len(formed) == len(found.risk) - 1 - rounds
     np.testing.assert_array_equal(net.theta, whole.theta)
     np.testing.assert_array_equal(found.risk, expected.risk)
     net.theta = start
-    monkeypatch.setattr(descent, "Hessian", None)  # forming a Hessian would raise an error
+    # A finished descent is only read. Without this class, forming a Hessian would raise an error.
+    monkeypatch.setattr(descent, "Hessian", None)
     again = descend(net, examples, checkpoints=tmp_path, **settings)
     np.testing.assert_array_equal(net.theta, whole.theta)
     np.testing.assert_array_equal(again.risk, expected.risk)
@@ -126,7 +128,11 @@ def test_it_stops_where_a_round_does_nothing(monkeypatch):
 
 
 def test_the_last_steps_do_not_climb():
-    """Start at (0, 1.2), where a curvature that is too small would lead uphill to the saddle."""
+    """Check that the last Newton steps stay at (0, 1.2) if a step would raise the risk.
+
+    The given curvature along w is too small. The step would lead past the minimum at w = 1, to the
+    saddle at 0.
+    """
     net = Saddle()
     net.theta = np.array([0.0, 1.2])
     descent._polish(net, None, np.eye(2), np.sqrt([1.0, 0.528 / 1.18]), 1e-12)

@@ -51,8 +51,8 @@ def test_kept_features_are_found_again_by_content(x, tmp_path, monkeypatch):
     first = ask(x)["small/relu1"]
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert [name[-9:] for name in kept] == ["00000.npz", "00002.npz", "00004.npz"]
-    # After an interruption, only the missing one of three blocks is computed. The features stay
-    # equal.
+    # Remove one of the three stored blocks, as if the run had been interrupted before it. Then only
+    # this block, of one image, is computed again. The features stay equal.
     (tmp_path / kept[2]).unlink()
     asked = []
     features = TopLayer.features
@@ -61,7 +61,8 @@ def test_kept_features_are_found_again_by_content(x, tmp_path, monkeypatch):
     )
     np.testing.assert_array_equal(ask(x)["small/relu1"], first)
     assert asked == [1]
-    # Another layer of the same network uses the same files. Other images do not.
+    # The files hold the features of several layers of a network, so another layer of it needs no
+    # new files. Other images do.
     trunks.features(["small/relu2"], x, root=None, folder=tmp_path)
     assert asked == [1] and len(list(tmp_path.iterdir())) == 3
     other = x.copy()
@@ -73,7 +74,8 @@ def test_kept_features_are_found_again_by_content(x, tmp_path, monkeypatch):
 def test_a_layer_that_is_not_asked_about_as_a_rule(x):
     found = trunks.features(["small/conv1", "small/relu1"], x, root=None, folder=None)
     assert found["small/conv1"].min() < 0
-    # The mean after a ReLU is at least the mean before it.
+    # A feature is a mean over pixels. Since ReLU only raises values, the mean after it is at least
+    # the mean before it.
     assert (found["small/relu1"] >= found["small/conv1"] - 1e-6).all()
 
 
@@ -85,7 +87,7 @@ def test_seconds_are_those_of_whenever_it_was(x, tmp_path, monkeypatch):
     features, seconds = ask()
     assert seconds == 3 * 5
     again, seconds = ask()
-    assert seconds == 3 * 5  # the seconds are stored with the features
+    assert seconds == 3 * 5  # these are the seconds of the first call, stored with the features
     np.testing.assert_array_equal(again["small/relu1"], features["small/relu1"])
     path = min(tmp_path.iterdir())
     store(path, {key: value for key, value in load(path).items() if key != "seconds"})

@@ -53,7 +53,10 @@ def logistic(num_rows: int = 40, num_inputs: int = 4, weight_decay: float = 0.02
 
 
 def on_trunk(num_rows: int = 40, num_inputs: int = 6, num_features: int = 4) -> Any:
-    """Return (net, train, test, inputs). Both sets hold features, `inputs` the training inputs."""
+    """Return (net, train, test, inputs).
+
+    `train` and `test` hold features. `inputs` are the inputs that belong to the rows of `train`.
+    """
     x, y, x_test, y_test = _rows(num_rows, num_inputs)
     A = np.random.default_rng(5).standard_normal((num_inputs, num_features)) / 2
     net = OnTrunk(A, 0.02)
@@ -63,7 +66,7 @@ def on_trunk(num_rows: int = 40, num_inputs: int = 6, num_features: int = 4) -> 
 
 
 def network(num_rows: int = 30, num_inputs: int = 3) -> Any:
-    """Return (net, train, test): tanh units with an L2 penalty on every weight, at a minimum."""
+    """Return (net, train, test): tanh units at a minimum, with an L2 penalty on each weight."""
     x, y, x_test, y_test = _rows(num_rows, num_inputs)
     keras.utils.set_random_seed(3)
     l2 = keras.regularizers.L2(0.02)
@@ -83,7 +86,7 @@ def network(num_rows: int = 30, num_inputs: int = 3) -> Any:
 
 
 def tight(net: GenericNeuralNet, train: Examples) -> None:
-    """Fit by L-BFGS, then by dense Newton steps, to a gradient of about the rounding error."""
+    """Fit until the gradient is as small as its rounding error: by L-BFGS, then by Newton steps."""
     if net.gradient_norm(train) > 1e-4:  # near the minimum, Newton steps alone are enough
         net.fit(train, gradient_tolerance=1e-6)
     for _ in range(6):

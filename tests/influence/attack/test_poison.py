@@ -1,4 +1,7 @@
-"""Tests of poisoning against exact refits, all corners of the box, and the authors' rule."""
+"""Tests of poisoning against exact refits and against the authors' rule.
+
+For a single poison, the comparison is with the best of all corners of the box.
+"""
 
 from dataclasses import replace
 from itertools import product
@@ -37,8 +40,9 @@ def test_the_change_is_that_of_an_exact_refit(problem):
     assert len(set(found.rows)) == 3
     np.testing.assert_array_equal(found.features, found.inputs)
     assert found.same_bytes is None
-    # The last warm-started refit gives the same losses as a refit from scratch. Among all states it
-    # has the largest mean loss.
+    # During the attack, each refit starts from the weights of the previous one. The last of them
+    # must give the same test losses as a refit from scratch. No state before it has a larger mean
+    # test loss.
     last = found.test_losses[-1] - found.test_losses[0]
     np.testing.assert_allclose(last, expected, atol=1e-9)
     np.testing.assert_allclose(found.test_losses[0], net.losses(test.x, test.y), atol=1e-15)
@@ -62,7 +66,8 @@ def test_one_poison_is_as_bad_as_any_corner_of_any_row(problem):
     rule = Rule(max_steps=12)
     found = poison(net, train, test, rows, 0.8, counts=[1], rule=rule, options=TO_THE_END)
     assert found.change_if_poisoned[0] >= 0.99 * best
-    # Ranking the rows by the gradient at the clean weights alone would choose another row.
+    # With tries=0 the row is chosen only by its gradient at the clean weights. This row is not
+    # better than the one that the attack found by trying.
     alone = Rule(max_steps=12, tries=0)
     other = poison(net, train, test, rows, 0.8, counts=[1], rule=alone, options=TO_THE_END)
     assert other.change_if_poisoned[0] <= found.change_if_poisoned[0]
@@ -116,8 +121,8 @@ def test_it_ends_with_enough_flips(problem):
     every = poison(*all_three, counts=[1, 3], rule=rule, options=TO_THE_END)
     clean = every.test_losses[0]
     first_of_three = int(np.argmax(every.num_poisons == 3))
-    # The threshold `flip_at` is above every loss that one poison reaches. Three poisons exceed it
-    # only after some moves.
+    # With one poison, no loss reaches the threshold `flip_at`. With three poisons, the loss of this
+    # test example exceeds it, but only after some moves. The attack must end there.
     with_one = every.test_losses[:first_of_three].max(axis=0)
     point = int(np.argmax(every.test_losses[-1] - with_one))
     flip_at = (with_one[point] + every.test_losses[-1][point]) / 2
@@ -151,7 +156,9 @@ def test_a_try_that_flips_ends_the_tries(problem):
     arguments, options = (net, train, test, np.arange(40)), PoisonOptions(flip_at=flip_at, fit=fit)
     found = poison(*arguments, RADIUS, counts=[1, 2], rule=rule, options=options)
     assert found.flipped.all() and len(found.rows) == 1
-    assert len(fits) == 2  # the fit runs for the first move and for its confirmation
+    # The first of the ten rows to try reaches the goal. There is one fit after its move, and one
+    # that confirms the result.
+    assert len(fits) == 2
 
 
 def test_tries_choose_by_what_was_attained(problem):
@@ -170,7 +177,8 @@ def test_tries_choose_by_what_was_attained(problem):
     np.testing.assert_allclose(one.change_if_poisoned[0], changes[best[0]], rtol=1e-9)
     two = poison(net, train, test, np.arange(40), RADIUS, counts=[2], rule=rule, options=TO_THE_END)
     assert two.rows.tolist() == tried[best[:2]].tolist()
-    # The rows with the largest gradient norms are not the best.
+    # The rows were tried in the order of their gradient norms. Their true effects have another
+    # order.
     assert best.tolist() != list(range(6))
     # The two rows then move together. Each starts from the inputs to which it moved on its own.
     x = np.concatenate([alone[i].inputs for i in best[:2]])
@@ -197,10 +205,11 @@ def test_rows_tried_alone_go_on_together_with_smaller_steps(problem):
     s = np.linalg.solve(risk.hessian(theta), measured.gradients(theta)[0])
     g = oracle.on(x, train.y[rows]).input_gradients(theta, s, 4)
     box = train.x[rows] - RADIUS, train.x[rows] + RADIUS
-    x = np.clip(x - 0.5 * RADIUS * np.sign(g), *box)  # the second step is step * decay
+    x = np.clip(x - 0.5 * RADIUS * np.sign(g), *box)  # the second step is the first times the decay
     theta = oracle.on(replaced(train, rows, x).x, train.y).minimum(theta)
     losses.append(measured.losses(theta)[0])
-    assert losses[1] > losses[0]  # both states lie before the best state
+    # The test loss still rises, so both states come before the best one, and the result has them.
+    assert losses[1] > losses[0]
     np.testing.assert_allclose(found.test_losses[1:3, 0], losses, atol=1e-9)
 
 
@@ -263,7 +272,8 @@ def test_more_poisons_are_ranked_at_the_weights_reached(problem):
     found = poison(net, train, test, np.arange(40), 0.8, counts=[1, 3], **options)
     assert found.rows.tolist() == [one.rows[0], *order[:2]]
     clean = np.argsort(-gradient_norms(net, train, test, np.arange(40)))
-    # Ranking again after the first poison changes the choice.
+    # The attack ranks the rows again after each poison. It then chooses other rows than the first
+    # ones of the ranking at the clean weights.
     assert found.rows.tolist() != clean[:3].tolist()
 
 
@@ -276,7 +286,7 @@ def test_restarts_begin_anywhere_in_the_box_and_the_best_is_kept(problem):
     for x in starts:
         assert (np.abs(x - train.x[rows]) <= 0.8).all() and np.abs(x - train.x[rows]).max() > 0.4
     other = check_targets(net, train, [30, 12], 0.8, None, None).anywhere([0], 3)
-    # Each row has its own random numbers.
+    # The random numbers of a row do not depend on the other rows in the call.
     np.testing.assert_array_equal(other, [starts[3][1], train.x[12]])
     changes = [by_refit(oracle, net, train, test, rows, x)[0] for x in starts]
     assert max(changes) > 0
@@ -334,7 +344,8 @@ def test_a_trunk_is_asked_for_the_candidates_alone():
     rule = Rule(step=0.2, max_steps=4, **SIGNS)
     options = replace(TO_THE_END, inputs=inputs[ROWS])
     found = poison(net, train, test, ROWS, RADIUS, rule=rule, options=options)
-    # The check reads three inputs, and each of five states reads three.
+    # The check of the arguments reads the inputs of the three candidate rows. So does each of five
+    # states. No other row is read.
     assert net.seen_inputs == 3 + 5 * 3
     np.testing.assert_allclose(found.features, np.tanh(found.inputs @ net.A), atol=1e-15)
     net.fit(replaced(train, found.rows, found.features), gradient_tolerance=1e-12)
@@ -369,7 +380,8 @@ def test_s_test_by_any_solver(make):
         np.testing.assert_allclose(mean_s_test(net, train, test, solver), expected, rtol=1e-7)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 1e-30])  # 1e-30 is lost in rounding
+# Each feature occurs twice, so only the penalty makes H definite. 1e-30 is lost in rounding.
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-30])
 def test_a_singular_hessian_is_named(weight_decay):
     net, train, test, _ = attacked.logistic(weight_decay=0.02)
     flat = attacked.BinaryLogisticRegression(8, weight_decay=weight_decay)
@@ -386,7 +398,8 @@ def test_norms_by_hand():
     g = oracle.on(train.x[rows], train.y[rows]).input_gradients(theta, s, 4)
     found = gradient_norms(net, train, test, rows)
     np.testing.assert_allclose(found, np.abs(g).sum(axis=1), rtol=1e-9)
-    # For a small box, the norms predict the rise of the test loss.
+    # Move one row to the best corner of a small box. The rise of the test loss is the row's norm,
+    # times the half width of the box, over n.
     for row, size, step in zip(rows, found, -1e-3 * np.sign(g), strict=True):
         rise = refitted_loss(net, train, test, row, train.x[row] + step) - mean_loss(net, test)
         assert 1e-3 * size / len(train) == pytest.approx(rise, rel=1e-2)

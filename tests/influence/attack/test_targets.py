@@ -1,4 +1,7 @@
-"""Tests of a test loss's derivatives by training inputs, against refits and closed forms."""
+"""Tests of the derivatives of the test loss with respect to inputs of training rows.
+
+They are compared with refits and with closed forms.
+"""
 
 import numpy as np
 import pytest
@@ -13,7 +16,10 @@ from tests.influence.attack.attacked import RADIUS, refitted_loss
 
 
 def derivative(net, train, test, rows, along, inputs=None):
-    """Return d(mean test loss after a refit)/d(inputs of some rows), along one direction."""
+    """Return the derivative of the mean test loss after a refit, as the inputs of `rows` move.
+
+    They move in the direction `along`.
+    """
     targets = check_targets(net, train, rows, RADIUS, inputs, None)
     s = mean_s_test(net, train, test, CG(1e-12))
     g = targets.gradients(net, slice(None), targets.x, s)
@@ -124,7 +130,7 @@ def test_wrong_targets_are_refused(changed, error, message):
 
 def test_every_input_must_be_its_rows():
     net, train, _, inputs = attacked.on_trunk()
-    rows = np.arange(1, 40)  # the check reads more than two batches of these rows
+    rows = np.arange(1, 40)  # so many rows that the check reads them in more than two batches
     check_targets(net, train, rows, RADIUS, inputs[rows], None)
     check_targets(net, train, rows, RADIUS, inputs[rows].astype(np.float32), None)
     for one, other in ((1, 2), (17, 30), (37, 36)):
@@ -137,7 +143,7 @@ def test_every_input_must_be_its_rows():
 
 def test_without_a_trunk_inputs_are_the_rows_themselves():
     net, train, *_ = attacked.logistic()
-    # At this distance from 0 the relative differences of rows are small.
+    # So far from 0, rows differ only little, relative to their size. The check must still see it.
     far = Examples(train.x + 1e4, train.y)
     rows = [5, 2, 9]
     targets = check_targets(net, far, rows, RADIUS, far.x[rows].astype(np.float32), None)

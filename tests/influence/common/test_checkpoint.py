@@ -71,12 +71,15 @@ def test_an_interruption_while_writing_leaves_nothing(step, tmp_path, monkeypatc
 
 
 def test_the_file_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
-    """Check that a partial file is never read. A kill -9 before the rename can leave one."""
+    """Check that the file is written under another name and renamed when it is complete.
+
+    A partial file that a kill -9 left behind is never read.
+    """
     path, replace = tmp_path / "block.npz", os.replace
 
     def look(partial, target):
         assert not path.exists() and str(partial).endswith(".partial")
-        with np.load(partial) as stored:  # the file is complete before it is renamed
+        with np.load(partial) as stored:
             same({name: stored[name] for name in ARRAYS}, ARRAYS)
         replace(partial, target)
 

@@ -56,8 +56,8 @@ def _theta(net, theta):
     net.theta = theta
 
 
-# Each entry is a valid value, and a dictionary from "argument of function" to a call that takes the
-# argument.
+# Each entry is a pair: a valid value, and a dictionary. Its keys are "argument of function". Its
+# values are functions that pass their only parameter as this argument.
 BY_VALUE = (
     (
         X,
@@ -247,7 +247,8 @@ def test_what_is_not_an_array_of_numbers_is_refused_by_name(case, kind):
     with pytest.raises(TypeError) as raised:
         call(WRONG[kind](np.asarray(right)))
     message = str(raised.value)
-    # LinearModel checks `thetas`, `V` and `v` by the same code, so its message may name V or v.
+    # LinearModel checks `thetas`, `V` and `v` by the same code. For each of them, its message may
+    # begin with "V" or "v".
     names = (name, "V", "v") if name in ("thetas", "V", "v") else (name,)
     assert message.startswith(tuple(f"{n} must be " for n in names)) and "\n" not in message
     got = {"masked": "masked", "object": "dtype object", "string": "dtype <U"}.get(kind, kind)

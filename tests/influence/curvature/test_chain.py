@@ -31,7 +31,8 @@ def _net(*layers, loss=_LOG_LOSS):
     keras.utils.set_random_seed(0)
     net = traced_once(GenericNeuralNet(sequential((6, 6, 2), *layers, dtype="float64"), loss), loss)
     rng = np.random.default_rng(1)
-    net.theta = net.theta + 0.1 * rng.normal(size=net.num_parameters)  # so the biases are not zero
+    # Keras starts with biases of zero. Move all weights, so that an error in biases shows.
+    net.theta = net.theta + 0.1 * rng.normal(size=net.num_parameters)
     return net
 
 
@@ -104,7 +105,7 @@ def test_the_paper_s_network_in_both_dtypes():
 def test_frozen_layers_are_passed_through(frozen):
     layers = [L.Conv2D(2, 3), _tanh(), L.Conv2D(2, 2), _tanh(), L.Flatten(), L.Dense(3)]
     layers[frozen].trainable = False
-    # Without `uncut`, the first layers would belong to a trunk.
+    # Without `uncut`, a frozen first layer would be split off as a trunk and not be in the chain.
     _matches_products(_net(*layers).uncut(), _LABELS)
 
 
@@ -136,8 +137,8 @@ def test_memory_bounds_the_rows_of_a_batch(monkeypatch):
     net = _net(*CHAINS["kinked"]())
     x = net.flat.inputs(_X[:1])
     chain = Chain.of(net.flat, x)
-    # The widest layer has 4 x 4 x 3 outputs. Their Jacobian has 57 columns, one per weight. A batch
-    # needs 8 such arrays of 8-byte numbers.
+    # The widest layer has 4 * 4 * 3 = 48 outputs. Their Jacobian has 57 columns, one per weight.
+    # The chain counts 8 arrays of this size for each row, in numbers of 8 bytes.
     widest = 48 * 57 * 8 * 8
     for budget, at_most, rows in ((5 * widest, 7, 5), (5 * widest, 3, 3), (1, 7, 1)):
         monkeypatch.setattr("influence.curvature.chain.ACTIVATIONS", budget)

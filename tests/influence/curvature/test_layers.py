@@ -56,7 +56,11 @@ def data(*shape):
 
 
 def gauss_newton(net, x, y):
-    """Return mean_i sum_s p_is p_is', (d, d), by loops. Also check `roots` against the p_is."""
+    """Return the Gauss-Newton matrix mean_i sum_s p_is p_is', (d, d), computed by loops.
+
+    The vectors p_is of row i satisfy J_i' H_i J_i = sum_s p_is p_is', where H_i is the Hessian of
+    the loss by the outputs. Also check that `roots` gives these vectors.
+    """
     layers = affine_layers(net, {k: v[:2] for k, v in x.items()} if isinstance(x, dict) else x[:2])
     parts = layers.pseudo_gradients(x, y)
     p = np.full((N, parts[0][1].shape[2], net.num_parameters), np.nan)
@@ -157,7 +161,10 @@ def test_an_embedding_and_attention():
 
 
 def test_layers_in_between_and_frozen_ones():
-    """Check frozen layers and fused activations between the trainable layers."""
+    """Check a net with frozen layers, with layers that have no weights, and with activations.
+
+    Some activations are layers, and one is an argument of its layer.
+    """
 
     def freeze(model):
         for layer in model.layers:
@@ -168,7 +175,7 @@ def test_layers_in_between_and_frozen_ones():
     hidden = conv(3, 2), tanh, L.MaxPooling2D, L.Flatten, lambda: L.Dropout(0.5), dense(4), tanh
     net = net_of(*first, *hidden, dense(3), before=freeze)
     x, y = data(6, 5, 2)
-    # The kernel is frozen, so theta has only the bias.
+    # The last layer's kernel is frozen, so theta has only its three biases.
     assert affine_layers(net, x).layers[-1].entries.shape == (1, 3)
     check(net, x, y)
 
@@ -279,7 +286,8 @@ def test_roots_of_other_layers_come_row_by_row(case, monkeypatch):
 
 def test_the_dense_matrix_of_another_loss_comes_from_products():
     x, _ = data(4)
-    # The Gauss-Newton matrix of this loss is indefinite, so no sum of r r' over roots r equals it.
+    # This loss is not convex in the output, so its Gauss-Newton matrix is indefinite. It is not a
+    # sum of r r' over vectors r, and `dense` must use products instead of such roots.
     net = net_of(dense(2), tanh, dense(1), shape=(4,), loss=cosine)
     A = GaussNewton(net, Examples(x, np.linspace(-3.0, 3.0, N)))
     assert np.linalg.eigvalsh(A.dense())[0] < -1e-3
@@ -290,7 +298,7 @@ def test_the_dense_matrix_of_another_loss_comes_from_products():
 
 
 def squeezed(model, x):
-    """Merge the axes of rows and time steps before the layer."""
+    """Apply the layer to inputs whose axes of rows and of time steps are merged into one."""
     return model.last(tf.reshape(model.hidden(tf.reshape(x, [-1, 2])), [-1, 4]))
 
 

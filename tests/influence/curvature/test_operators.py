@@ -80,7 +80,7 @@ def test_damping_is_absolute_and_on_the_diagonal(curvature, tanh):
     net, examples, _ = tanh
     V = block(net.num_parameters)
     plain, damped = curvature(net, examples), curvature(net, examples, 0.7)
-    # The subtraction loses about one digit.
+    # The difference is smaller than its two terms, so about one digit is lost.
     assert relative_error(damped @ V - plain @ V, 0.7 * V) < 1e-11
     np.testing.assert_allclose(damped.dense() - plain.dense(), 0.7 * np.eye(len(V)), atol=1e-12)
     problem = logistic("softmax")
@@ -123,7 +123,8 @@ def test_dense_is_put_together_from_blocks(d, monkeypatch):
     net = dense_net(d, 63, "mse")
     rng = np.random.default_rng(0)
     examples = Examples(rng.standard_normal((9, 63)), rng.standard_normal((9, d)))
-    # A has 64 d columns. With d = 5 they do not fit into one block of 256 columns.
+    # `dense` multiplies at most 256 columns at once. A has 64 d columns: one block for d = 1, and
+    # two for d = 5.
     A = GaussNewton(net, examples)
     x = oracles.with_ones(examples.x)
     H = np.kron(2 * x.T @ x / 9, np.eye(d)) / d  # Keras' "mse" averages over outputs
@@ -139,7 +140,7 @@ def test_batch_size_changes_nothing(curvature, batch_size, softmax, monkeypatch)
     V = block(softmax.net.num_parameters)
     whole = curvature(softmax.net, softmax.train) @ V
     A = curvature(softmax.net, softmax.train, batch_size=batch_size)
-    # Another order of additions changes relative values by about 1e-15.
+    # The batch size changes the order of additions, and so the result by about 1e-15 of its size.
     assert relative_error(A @ V, whole) < 1e-10
     asked = []
     product = getattr(softmax.net, A._method)

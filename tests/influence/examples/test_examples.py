@@ -18,7 +18,7 @@ Y = np.arange(6)
 
 
 def bounded(num_examples):
-    """Return settings for few random cases. Every run uses the same cases, so failures repeat."""
+    """Return settings of Hypothesis for few random cases, which are the same in every run."""
     return settings(max_examples=num_examples, deadline=None, derandomize=True, database=None)
 
 
@@ -151,7 +151,7 @@ class _Net:
     theta, memo = np.array([2.0]), None
 
     def __init__(self):
-        # `flat` is a set, because the cache needs an object with weak references.
+        # The cache refers to `flat` by a weak reference. A set allows this.
         self.flat, self.widths = set(), []
 
     def rows_per_batch(self, examples, num_vectors):
@@ -215,13 +215,14 @@ def test_what_a_question_keeps_is_computed_once_for_each_theta_and_batch():
     expected = (2 * X[:, 0]) ** 2
     for _ in range(3):
         np.testing.assert_array_equal(examples.each_row(question, net), expected)
-    assert question.computed == 2  # six rows give two batches of at most four
+    # The six rows give two batches of at most four. Only the first of three calls computes them.
+    assert question.computed == 2
     np.testing.assert_array_equal(examples.each_row(question, net, np.array([1.0])), expected / 4)
     assert question.computed == 4
-    examples.each_row(question, net)  # only the last theta is cached
+    examples.each_row(question, net)  # computed again, because only the last theta is cached
     assert question.computed == 6
-    examples.each_row(question, net, rows=[1, 2])  # a question about some rows is not cached
-    examples.each_row(question, _Net())  # another net does not share the cache
+    examples.each_row(question, net, rows=[1, 2])  # one batch, computed: some rows are not cached
+    examples.each_row(question, _Net())  # two batches, computed: each net has its own cache
     assert question.computed == 9
     assert "_cached" not in vars(pickle.loads(pickle.dumps(examples)))
 

@@ -165,7 +165,8 @@ def test_large_labels_stay_on_disk(monkeypatch):
     monkeypatch.setattr("influence.examples.stream._LABEL_BYTES", 100)
     stream = as_stream(Examples(X, X))
     assert isinstance(stream.y, np.memmap) and not stream.y.flags.writeable
-    gc.collect()  # the file must exist as long as the labels, although it has no name
+    # The labels are in a file without a name. It must exist as long as the array of labels.
+    gc.collect()
     np.testing.assert_array_equal(stream.y, X)
     same_batches(stream, Examples(X, X), 7)
     assert not isinstance(as_stream(EXAMPLES).y, np.memmap) or len(Y) * 8 > 100
@@ -321,7 +322,8 @@ def generated(rows):
     return tf.data.Dataset.from_generator(rows, output_signature=signature)
 
 
-NOISE = np.random.default_rng(0)  # TensorFlow would repeat its noise after a global seed
+# NumPy's noise differs in each pass. TensorFlow would repeat its noise after a global seed.
+NOISE = np.random.default_rng(0)
 
 
 def noisy():

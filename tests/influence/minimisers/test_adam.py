@@ -34,7 +34,7 @@ def test_rows_are_shuffled_passes_end_to_end(n, batch_size):
     for order in passes:
         assert sorted(order) == list(range(n))
     assert len({tuple(order) for order in passes}) > 1
-    for first in (1, 3, n):  # a start at any later step gives the same rows
+    for first in (1, 3, n):  # batches that start at step `first` equal the whole list from there on
         rest = list(islice(adam.batch_rows(n, batch_size, 7, first), steps - first))
         np.testing.assert_array_equal(rest, batches[first:])
     assert not np.array_equal(next(adam.batch_rows(n, batch_size, 8, 0)), batches[0]) or n == 4

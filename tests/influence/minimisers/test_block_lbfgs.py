@@ -11,7 +11,10 @@ def every(start, num):
 
 
 def quadratics(matrices, minima):
-    """Return a function that gives H_j (theta - c_j), and a list of the columns of its calls."""
+    """Return (gradients, asked) for quadratic functions with matrices H_j and minima c_j.
+
+    `gradients` gives H_j (theta_j - c_j). It appends the columns j of each call to `asked`.
+    """
     asked = []
 
     def gradients(thetas, columns):
@@ -38,12 +41,16 @@ def test_the_right_inverse_needs_one_pass():
     )
     found = run(gradients, solve, np.zeros((3, 2)))
     np.testing.assert_allclose(found.thetas, minima, atol=1e-12)
-    # The second function starts at its minimum, so only the first function is evaluated again.
+    # Both gradients at the start were asked for. The second function starts at its minimum, so only
+    # the first function is evaluated again.
     assert asked == [[0, 1], [0]] and found.passes.tolist() == [1, 0]
 
 
 def test_secant_updates_find_the_curvature_that_the_inverse_lacks():
-    """Expect one pass for each direction in which the inverse is wrong, and one pass to confirm."""
+    """Check a search whose inverse, I, is wrong in the two directions of curvature 3 and 7.
+
+    Secant updates must find these curvatures in few passes.
+    """
     H = symmetric([1, 1, 1, 1, 3, 7])
     c = np.arange(6.0)[:, None]
     gradients, _ = quadratics([H], c)
@@ -70,7 +77,10 @@ def test_columns_do_not_depend_on_each_other():
 
 
 def test_a_step_that_climbs_is_not_taken_but_learned_from():
-    """Minimise log cosh, nearly linear far from zero. Newton's step from 3 goes to about -200."""
+    """Minimise log cosh, which is nearly linear far from zero, from 3.
+
+    Newton's step goes to about -200. It must be rejected, and the next step must be shorter.
+    """
     seen = []
 
     def gradients(thetas, columns):
@@ -85,7 +95,10 @@ def test_a_step_that_climbs_is_not_taken_but_learned_from():
 
 
 def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
-    """Use NaN gradients. Each refused step halves the step length and has no other effect."""
+    """Refuse steps by NaN gradients. Each refused step must halve the length, and do nothing else.
+
+    The steps from 1 have the lengths 16, 8, 4 and 2. The last one is accepted.
+    """
     seen = []
 
     def gradients(thetas, columns):
@@ -98,7 +111,10 @@ def test_a_step_is_at_most_half_as_long_as_one_that_was_refused():
 
 
 def test_pairs_that_are_given_are_known_from_the_start():
-    """Give function 0 the secant pairs of all directions in which the inverse is wrong."""
+    """Give function 0 the secant pairs of all directions in which the inverse is wrong.
+
+    Function 0 then needs one pass. Function 1, which is equal but gets no pairs, needs more.
+    """
     H, c = symmetric([1, 1, 1, 3, 7]), np.arange(5.0)[:, None]
     values, vectors = np.linalg.eigh(H)
     gradients, _ = quadratics([H, H], np.hstack([c, c]))
@@ -112,7 +128,11 @@ def test_pairs_that_are_given_are_known_from_the_start():
 
 
 def test_pairs_that_others_are_given_change_nothing(monkeypatch):
-    """Check that given pairs do not count towards the limit of stored pairs and stay in use."""
+    """Minimise a function alone with two given pairs, and beside a function with six given pairs.
+
+    Given pairs of the other function change nothing. They also do not count towards the limit of
+    stored pairs, here 4.
+    """
     monkeypatch.setattr(block_lbfgs, "_LEAST_PAIRS", 4)
     monkeypatch.setattr(block_lbfgs, "_BYTES", 0)
     H, c = symmetric(np.geomspace(1, 1e2, 12)), np.ones((12, 1))
@@ -132,13 +152,13 @@ def test_pairs_that_others_are_given_change_nothing(monkeypatch):
             minimise(gradients, lambda G, _: G, start, first, np.zeros(k), 15, pairs=given)
         )
     alone, together = found
-    # Given pairs are used in addition to the stored pairs.
+    # The function with six given pairs uses all of them, in addition to four stored pairs.
     assert together.norms[1] < alone.norms[0] / 2
     np.testing.assert_allclose(together.thetas[:, 0], alone.thetas[:, 0], rtol=1e-8)
 
 
 def test_steps_grow_with_those_that_were_taken():
-    """Minimise a function of constant slope, far from its minimum. The trust radius must grow."""
+    """Minimise |t| far from its minimum. With each accepted step, the trust radius must grow."""
     seen = []
 
     def gradients(thetas, columns):
@@ -161,7 +181,10 @@ def test_steps_grow_with_those_that_were_taken():
 
 
 def test_after_a_step_that_went_too_far_the_next_is_no_longer():
-    """Accept a step to a smaller gradient, on a steep climb. The next step must not be longer."""
+    """Give a first step that ends on a steep climb, where the gradient is a little smaller.
+
+    The step is accepted for its smaller gradient. The next step must not be longer.
+    """
     seen, scales = [], iter([1.8, *[100.0] * 20])
 
     def gradients(thetas, columns):
@@ -181,7 +204,10 @@ def test_after_a_step_that_went_too_far_the_next_is_no_longer():
 
 
 def test_a_search_stays_in_the_valley_it_begins_in():
-    """Minimise -cos from 1.5. The curvature is small there: Newton's step leaves the valley."""
+    """Minimise -cos from 1.5, where the curvature is so small that Newton's step is too long.
+
+    The search then ends in a far valley. With a limit on the first step, it must end at 0.
+    """
     gradients = lambda t, _: np.sin(t)  # noqa: E731
     inverse = lambda G, _: G / np.cos(1.5)  # noqa: E731
     start, first, tolerance = np.full((1, 1), 1.5), np.full((1, 1), np.sin(1.5)), np.full(1, 1e-10)
@@ -192,13 +218,19 @@ def test_a_search_stays_in_the_valley_it_begins_in():
 
 
 def test_directions_of_negative_curvature_are_descended():
-    """Minimise theta^4 / 4 - theta^2 / 2. Newton's step would go to the maximum at 0."""
+    """Minimise theta^4 / 4 - theta^2 / 2 from near 0, which is a maximum.
+
+    Newton's step would go to 0. The search must go to the minima at 1 and -1.
+    """
     found = run(lambda t, _: t**3 - t, lambda G, _: G, [[0.05, -0.05]])
     np.testing.assert_allclose(found.thetas, [[1, -1]], atol=1e-9)
 
 
 def test_what_cannot_be_reached_is_given_up_and_the_best_returned():
-    """Use gradients with errors of about 1e-3, which act like rounding errors."""
+    """Use gradients with errors of about 1e-3, so that the tolerance 1e-10 cannot be reached.
+
+    The search must stop after few passes and return a theta near the minimum.
+    """
     rng = np.random.default_rng(0)
     H = symmetric([1, 2, 3])
     noisy = lambda t, _: H @ t + 1e-3 * rng.standard_normal(t.shape)  # noqa: E731
@@ -210,7 +242,10 @@ def test_what_cannot_be_reached_is_given_up_and_the_best_returned():
 
 
 def test_a_long_way_down_is_gone_though_gradients_grow():
-    """Minimise Rosenbrock's function. Beside its valley, gradients are a hundred times larger."""
+    """Minimise Rosenbrock's function, along its valley.
+
+    Beside the valley, gradients are a hundred times larger. The search must not end there.
+    """
 
     def rosenbrock(t, _):
         away = t[1] - t[0] ** 2
@@ -220,7 +255,8 @@ def test_a_long_way_down_is_gone_though_gradients_grow():
     found = run(rosenbrock, lambda G, _: G / 1000, start, max_passes=2000)
     np.testing.assert_allclose(found.thetas, 1, atol=1e-8)
 
-    # The result is the same if the first step decreases the function a million times more.
+    # Add a variable along which the first step decreases the function about a million times more
+    # than the later steps do. The later steps must still count as progress.
     def after(t, columns):
         return np.concatenate([rosenbrock(t[:2], columns), 2e7 * t[2:]])
 
@@ -230,7 +266,10 @@ def test_a_long_way_down_is_gone_though_gradients_grow():
 
 
 def test_a_long_straight_slope_is_gone_down():
-    """Minimise a function whose gradient keeps its size for more than `_PATIENCE` passes."""
+    """Minimise a function whose gradient keeps its size for more than `_PATIENCE` passes.
+
+    The search must go on, because the function decreases.
+    """
     slope = lambda t, _: np.where(np.abs(t) > 1, np.sign(t), t)  # noqa: E731
     start, first = np.array([[1e8]]), np.ones((1, 1))
     options = {"longest": np.ones(1)}
@@ -241,7 +280,10 @@ def test_a_long_straight_slope_is_gone_down():
 
 @pytest.mark.parametrize("ratio", [10, 100])
 def test_rounding_is_no_way_down(ratio):
-    """Use noisy gradients, by which the function seems to decrease equally in every pass."""
+    """Use gradients with large noise, by which the function seems to decrease in every pass.
+
+    The search must still stop after fewer than 100 passes.
+    """
     H, rng = symmetric(np.geomspace(1, 100, 30)), np.random.default_rng(0)
     size = np.linalg.norm(H @ np.ones(30)) / ratio
     noise = lambda t: size / np.sqrt(30) * rng.standard_normal(t.shape)  # noqa: E731
@@ -272,7 +314,13 @@ def test_a_search_that_cannot_move_ends():
 
 
 def searched(max_passes, until=1e-3):
-    """Minimise two functions by gradients with an error. A third starts at its minimum."""
+    """Minimise three equal functions by low-precision gradients, then by exact gradients.
+
+    The third function starts at its minimum. Low-precision gradients have the error 0.01. They are
+    used until their norm is below `until`.
+
+    Returns: what `minimise` returns, and the columns of each call by kind of gradient.
+    """
     H, c, asked = symmetric([1, 2, 5]), np.ones((3, 1)), {"exact": [], "rough": []}
 
     def by(name, error):
@@ -298,7 +346,9 @@ def searched(max_passes, until=1e-3):
 
 
 def test_what_rough_gradients_found_is_judged_by_the_exact_ones():
-    found, asked = searched(3)  # this search ends before it uses exact gradients
+    # Three passes are not enough to reach `until`. Exact gradients are asked for once, to report
+    # the norms of the two functions that moved.
+    found, asked = searched(3)
     assert found.passes.tolist() == [3, 3, 0] and asked["exact"] == [[0, 1]]
     # This search goes on with exact gradients; the third function is never evaluated.
     found, asked = searched(50)
@@ -340,7 +390,10 @@ def test_the_exact_ones_go_on_from_the_smallest_gradient():
 
 
 def test_rounding_among_rough_gradients_teaches_the_exact_ones_nothing():
-    """Check that secant pairs from noisy low-precision gradients are dropped."""
+    """Check that secant pairs from noisy low-precision gradients are dropped.
+
+    With these pairs, the search by exact gradients would need more passes.
+    """
     H, passes = symmetric(np.geomspace(1, 100, 40)), []
     for seed in range(5):
         rng = np.random.default_rng(seed)

@@ -7,7 +7,10 @@ from influence.minimisers.box_qp import boxed_minimum
 
 
 def violation(G, b, a):
-    """Return the steepest descent from `a` that stays within the box, relative to max |b|."""
+    """Return by how much `a` violates the conditions of a minimum in the box, relative to max |b|.
+
+    This is the largest rate of descent along one entry of `a` that does not leave the box.
+    """
     assert (a >= 0).all() and (a <= 1).all()
     slope = G @ a - b
     inwards = np.where(a == 0, -slope, np.where(a == 1, slope, np.abs(slope)))

@@ -53,7 +53,8 @@ def test_it_starts_from_truncated_normals(paper):
         values = kernel.ravel() / deviation
         assert np.abs(values).max() <= 2 and not bias.any()
         p = scipy.stats.kstest(values, scipy.stats.truncnorm(-2, 2).cdf).pvalue
-        assert p > 1e-3, layer.name  # with n > 4,000 values, an error of 5 % would be detected
+        # In a kernel of more than 4,000 values, an error of 5 % in `deviation` would be detected.
+        assert p > 1e-3, layer.name
         assert np.std(values) == pytest.approx(0.88, abs=4 * 0.88 / np.sqrt(2 * values.size))
 
 
@@ -62,7 +63,8 @@ def test_the_start_follows_from_its_seed_alone(paper):
     keras.utils.set_random_seed(4)
     np.testing.assert_array_equal(AllCNN().theta, paper.theta)
     other = AllCNN(seed=1).theta
-    # Another seed changes all weights except the biases, which start at zero.
+    # Another seed changes all weights except the biases, which start at zero. Five layers have 8
+    # biases, and two have 10.
     assert np.count_nonzero(other == paper.theta) == 5 * 8 + 10 + 10
     kernels = [w.numpy() for w in paper.model.trainable_weights if w.shape == (3, 3, 8, 8)]
     # Kernels of the same shape start with different values.
@@ -176,7 +178,7 @@ def every_two_steps(monkeypatch):
 
 
 def stopped_after(monkeypatch, steps):
-    """Replace `progress` by one that interrupts the training before step `steps` + 1."""
+    """Replace `progress` by a function that interrupts the training after the given steps."""
 
     def until(items, what, total):
         for i, item in enumerate(items):
@@ -187,7 +189,7 @@ def stopped_after(monkeypatch, steps):
     monkeypatch.setattr(cnn, "progress", until)
 
 
-# The training stops before the first save, at a save, or in the last stage.
+# The training stops before its first save, just after a save, or in the last stage of its schedule.
 @pytest.mark.parametrize("steps", [1, 4, 7])
 def test_what_was_interrupted_ends_with_the_same_bits(
     steps, images, tmp_path, monkeypatch, every_two_steps
@@ -204,7 +206,7 @@ def test_what_was_interrupted_ends_with_the_same_bits(
         again = small().fit(images, **options)
         assert taken == [9 - steps // 2 * 2]
         np.testing.assert_array_equal(again.theta, whole)
-        # A finished training is read from disk and not repeated.
+        # A third call finds the finished training on disk and takes no step.
         np.testing.assert_array_equal(small().fit(images, **options).theta, whole)
         assert taken[1] == 0
     assert len(list(tmp_path.iterdir())) == 1

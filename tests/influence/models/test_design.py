@@ -51,7 +51,10 @@ def test_a_links_derivatives_are_differences_of_its_loss(name):
 
 @pytest.mark.parametrize("name", LINKS)
 def test_weights_make_the_curvature(name):
-    """Compare with d2l/dz2 for one output, and with minus its lower triangle for softmax."""
+    """Compare the weights with the second derivatives S (n, c, c) of the losses by the outputs z.
+
+    For one output the weights are S. For softmax they are minus the entries below its diagonal.
+    """
     link, c, y = LINKS[name]
     Z = np.random.default_rng(1).standard_normal((9, c, 1))
     curvature = link.curved(Z, y, np.repeat(np.eye(c)[None], 9, axis=0))  # (n, c, c)

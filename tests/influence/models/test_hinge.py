@@ -23,7 +23,7 @@ from influence.models import SmoothHingeLoss
 from tests import oracles
 from tests.influence.problems import relative_error, sequential
 
-ROUNDING = {"float64": 1e-12, "float32": 2e-5}  # from another order of additions
+ROUNDING = {"float64": 1e-12, "float32": 2e-5}  # the two sides add in another order
 KINK = 1.5e-8  # the square root of float64's precision
 
 
@@ -67,7 +67,7 @@ CASES += [(0.5, True, "float32"), (0.0, False, "float32")]
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def case(request):
-    """Return (net, x, y, V), with the net away from its minimum and no margin near the kink."""
+    """Return (net, x, y, V). The net is away from its minimum, and no margin y z is near 1."""
     t, intercept, dtype = request.param
     x, y = rows(20)
     net = SmoothHinge(5, t, weight_decay=0.05, intercept=intercept, dtype=dtype)
@@ -124,7 +124,9 @@ def test_closed_forms_are_the_tapes_answers(case):
             assert relative_error(closed, taped) < ROUNDING[net.dtype.name], name
         elif net.t == 0:
             assert (closed == 0).all() and (taped == 0).all()
-        else:  # where sigma is nearly one, the tape loses digits in sigma (1 - sigma) / t
+        else:
+            # The curvature is sigma (1 - sigma) / t. The tape loses digits where sigma is nearly 1,
+            # so the error is compared with 1 / t.
             np.testing.assert_allclose(closed, taped, atol=ROUNDING[net.dtype.name] / net.t)
 
 
@@ -145,7 +147,8 @@ def test_stable_at_any_margin_and_down_to_t_zero(asked, t):
     np.testing.assert_allclose(got, losses, rtol=1e-12, atol=1e-300)
     np.testing.assert_allclose(slopes, -sigma, rtol=1e-12, atol=1e-300)
     curvature = e / (1 + e) ** 2 / t if t else 0 * e
-    # The tape computes sigma (1 - sigma) / t, whose rounding error is absolute, not relative.
+    # The closed form keeps all digits. The tape computes sigma (1 - sigma) / t with a rounding
+    # error of about 1e-16 / t, however small the value is.
     rounding = 1e-300 if asked is SmoothHinge else 1e-16 / (t or 1)
     np.testing.assert_allclose(each[:, 0, 0] / margins**2, curvature, rtol=1e-9, atol=rounding)
     # Smoothing raises a loss by at most t log 2.
@@ -160,7 +163,9 @@ def test_rows_on_the_kink_get_half_the_slope(asked):
     np.testing.assert_allclose(asked.losses(net, x, y), np.maximum(u, 0), atol=1e-16)
     slopes = asked.gradients(net, x, y)[:, 0] / (1 - u)
     np.testing.assert_allclose(slopes, [-0.5, -0.5, -0.5, -1, 0], rtol=1e-12)
-    smooth = SmoothHinge(1, 1e-3)  # on the kink, its slope is also the limit for t -> 0
+    # At the margin 1 the smooth hinge has the slope -1/2 for every t, so this is also its limit for
+    # t -> 0.
+    smooth = SmoothHinge(1, 1e-3)
     smooth.theta = np.ones(1)
     assert asked.gradients(smooth, x[:1], y[:1]).item() == -0.5
 
@@ -244,7 +249,10 @@ def svm_by_slsqp(A, y, weight_decay):
 
 
 def steepest_descent(A, y, theta, weight_decay):
-    """Return the most negative directional derivative of the risk at theta, exact on the kink."""
+    """Return the smallest derivative of the risk at theta, over 4,000 and more unit directions.
+
+    For a row on the kink, this is the one-sided derivative. At a minimum, the result is >= 0.
+    """
     u = 1 - y * (A @ theta)
     slopes = -y[:, None] * A
     on = np.abs(u) <= KINK
@@ -303,20 +311,23 @@ def test_fit_at_zero_does_not_depend_on_where_it_begins(seed):
     rng = np.random.default_rng(seed)
     net.theta = found + 10.0 ** (-2 * seed) * rng.standard_normal(10)
     net.fit(train)
-    # |w - w*| <= norm / lambda <= 1e-6 for each of the two fits.
+    # Each of the two fits is within 1e-6 of the minimum w*: |w - w*| <= (gradient norm) / lambda,
+    # and the fit stops at a gradient norm of 1e-8, with lambda = 0.01.
     assert np.linalg.norm(net.theta - found) <= 2e-6
 
 
 def test_minimum_in_closed_form():
     # For one row x = 1, y = 1, the risk max(0, 1 - w) + lambda w^2 / 2 has its minimum at w =
-    # min(1, 1 / lambda). Both fits start there, because LinearSVC needs rows of both labels.
+    # min(1, 1 / lambda). Both fits start at this minimum. Other fits would start with LinearSVC,
+    # which needs rows of both labels.
     train = Examples(np.ones((1, 1)), np.ones(1))
     for weight_decay, lowest in ((0.25, 1.0), (4.0, 0.25)):
         net = SmoothHinge(1, weight_decay=weight_decay)
         net.theta = np.array([lowest])
         assert net.gradient_norm(train) < 1e-8
         assert net.fit(train).theta == pytest.approx([lowest], rel=1e-15)
-    # At w = 0.5, a = 1 and w(a) = 1 / lambda. The duality gap is then lambda/2 (w - 1/lambda)^2.
+    # At w = 0.5 the row's dual variable is a = 1, to which w(a) = 1 / lambda belongs. The duality
+    # gap is then lambda/2 (w - 1/lambda)^2, with lambda = 4.
     net.theta = np.array([0.5])
     assert net.duality_gap(train) == pytest.approx(2 * (0.5 - 0.25) ** 2, rel=1e-14)
 
@@ -361,7 +372,7 @@ def test_leave_one_out_of_the_svm():
     x, y = rows()
     train, test = Examples(x, y), Examples(*rows(7, seed=3))
     net = SmoothHinge(5, weight_decay=0.05).fit(train)
-    assert not net.convex  # refits of a net that is not convex call `fit`
+    assert not net.convex  # therefore refits call `net.fit`
     removed = [0, 7, 33]
     refits = leave_one_out(net, train, test, removed, RefitOptions(tolerance=1e-8))
     assert refits.converged.all() and refits.gradient_norm.max() <= 1e-8

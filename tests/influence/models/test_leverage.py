@@ -51,12 +51,16 @@ def test_leverages_and_self_influence_are_those_of_the_definition(shape, interce
     # This call uses the closed form.
     assert relative_error(influence.self_influence(), expected) < ROUNDING
     one_by_one = [influence.self_influence(rows) for rows in np.split(np.arange(70), [60])]
-    # For fewer than 64 rows, the solver is used instead of the closed form.
+    # The closed form is used for at least 64 rows. These two calls ask for 60 and 10 rows, so the
+    # solver answers them.
     assert relative_error(np.concatenate(one_by_one), expected) < ROUNDING
 
 
 def test_both_sides_of_woodburys_identity_agree_where_curvature_vanishes():
-    """Use rows whose curvatures differ by many orders of magnitude."""
+    """Compare the formula by matrices of order n with that by matrices of order d.
+
+    The curvatures of the rows differ by many orders of magnitude.
+    """
     net, examples, _ = problem(40, 60, weight_decay=1e-4)
     net.theta = 2 * net.theta
     rows, K = np.arange(40), net.design.gram(examples.x)
@@ -84,7 +88,7 @@ def test_a_gram_matrix_serves_whatever_the_labels():
     flipped = Examples(examples.x, 1 - examples.y)
     got = net.leverages(flipped, gram=K)
     np.testing.assert_array_equal(got, net.leverages(flipped))
-    # Another Gram matrix gives another result, so the given matrix is used.
+    # A wrong Gram matrix gives a wrong result. This shows that `leverages` uses the given matrix.
     assert not np.allclose(net.leverages(examples, gram=2 * K), got, rtol=0.1)
 
 
@@ -102,7 +106,10 @@ ANSWER = np.arange(70.0)
 
 @pytest.fixture
 def known(monkeypatch, request):
-    """Return a problem with 90 inputs by default. The net's closed form returns ANSWER."""
+    """Return a problem whose net has a fake closed form of self-influence that returns ANSWER.
+
+    It has 90 inputs, or the number that the test gives.
+    """
     p = logistic("sigmoid", 70, getattr(request, "param", 90))
     monkeypatch.setattr(p.net, "self_influence", lambda examples, rows: ANSWER[rows])
     return p
@@ -138,7 +145,8 @@ def test_direct_is_preferred_where_it_is_as_fast(known):
 def test_the_closed_form_is_not_asked_for_anything_else(known, options):
     rows = options.pop("rows", None)
     got = Influence(known.net, known.train, **options).self_influence(rows)
-    assert np.abs(got).max() < 1  # these values come from the solver, because ANSWER goes up to 69
+    # The values of the solver are below 1. Those of the closed form, ANSWER, go up to 69.
+    assert np.abs(got).max() < 1
 
 
 def test_theta_must_be_the_one_that_the_influence_was_made_for(known):

@@ -68,8 +68,8 @@ def test_closed_forms_are_those_of_numpy(case, form):
         "losses": (net.losses(x, y), oracle.losses(theta)),
         "losses at": (net.losses(x, y, thetas), np.stack([oracle.losses(t) for t in at], 1)),
         "gradients": (net.gradients(x, y), each),
-        # The Bregman gradient is a difference of two gradients, because outputs are linear in
-        # theta.
+        # Outputs are linear in theta. The gradient of the Bregman divergence is then the gradient
+        # at the given theta minus that at the net's theta.
         "bregman": (net.bregman_gradient(x, y, thetas), means - each.mean(axis=0)[:, None]),
         "gradient": (net.gradient(x, y), each.mean(axis=0)),
         "gradient at": (net.gradient(x, y, thetas), means),
@@ -128,7 +128,8 @@ def test_closed_forms_are_the_tapes_answers(case):
         taped = getattr(GenericNeuralNet, method)(net, *arguments)
         assert closed.dtype == taped.dtype == net.dtype, name
         assert relative_error(closed, taped) < tolerance, name
-        if name != "gauss_newton_product":  # gauss_newton_product is the same function as hvp
+        # Each method has a closed form of its own, except gauss_newton_product, which is hvp.
+        if name != "gauss_newton_product":
             assert method in vars(type(net).__mro__[1]) or method in vars(type(net)), name
     assert net.penalty() == pytest.approx(GenericNeuralNet.penalty(net), rel=1e-6)
 
@@ -152,7 +153,9 @@ def test_outputs_are_cached_for_a_theta_and_change_no_bit(kind, form, monkeypatc
             expected = question(view, None, examples.x, examples.y)  # this call uses no cache
             asked.clear()
             np.testing.assert_array_equal(ask(question, net, theta), expected)
-            assert len(asked) == (2 if method == "hvp" else 1)  # X theta is computed once
+            # `asked` counts products with X. There is one to compute X theta, and hvp has another
+            # one, X V.
+            assert len(asked) == (2 if method == "hvp" else 1)
             np.testing.assert_array_equal(ask(question, net, theta), expected)
 
 
@@ -256,7 +259,10 @@ def test_fit_is_deterministic_and_starts_where_the_net_is():
 
 
 def test_fit_without_a_penalty():
-    """Check that the fit converges without a penalty. The softmax risk has a flat direction."""
+    """Check that the fit converges without a penalty, although the softmax risk is then flat.
+
+    It does not change along one direction of theta.
+    """
     p = logistic("softmax", num_rows=200, num_inputs=2)
     free = MulticlassLogisticRegression(2, 3, weight_decay=0.0).fit(p.train)
     oracle = oracles.softmax_regression(p.oracle.features, p.oracle.y, 3, 0.0)
@@ -365,8 +371,8 @@ def test_sample_weights_count_as_the_tape_says_and_as_repeated_rows(kind):
         assert relative_error(question(net), question(tape)) < 1e-10
     product = net.hvp(weighted.x, weighted.y, V) + net.penalty_hvp(V)
     assert relative_error(net.hessian(weighted) @ V, product) < 1e-12
-    # A row of weight 2 counts as two rows. With N rows in place of n, the weight decay is
-    # multiplied by n / N.
+    # A row of weight 2 counts as two rows. The weighted risk divides by n. Over the N repeated rows
+    # the mean divides by N, so the weight decay must be multiplied by n / N.
     rows = np.repeat(np.arange(n), weights)
     make = type(net)
     classes = () if kind == "sigmoid" else (net.num_outputs,)

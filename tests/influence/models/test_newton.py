@@ -1,4 +1,7 @@
-"""Tests of Newton's method for linear models, from any start, with both solvers for its steps."""
+"""Tests of Newton's method for linear models, from any start.
+
+Each step solves a linear system, by a Cholesky factor or by CG. Both ways are tested.
+"""
 
 import numpy as np
 import pytest

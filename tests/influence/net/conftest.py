@@ -13,7 +13,10 @@ def squares(y, output):
 
 @pytest.fixture(scope="module")
 def tanh():
-    """Return (network, examples, losses, gradients, V). Losses and gradients are functions."""
+    """Return (network, examples, losses, gradients, V).
+
+    `losses` and `gradients` are functions of theta that use a plain tape. V (d, 2) is random.
+    """
     net, examples = tanh_net()
     twin, _ = tanh_net()  # the functions below change theta of this twin, not of the net
 
@@ -22,7 +25,7 @@ def tanh():
         return squares(examples.y, twin.model(x)).numpy()
 
     def gradients(theta, x=examples.x):
-        """Return d/dtheta of the mean loss, and d/dx of each row's loss by its own x."""
+        """Return the gradient of the mean loss by theta, and of each row's loss by its inputs."""
         twin.theta = theta
         x = tf.constant(x)
         with tf.GradientTape(persistent=True) as tape:

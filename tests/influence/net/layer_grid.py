@@ -38,10 +38,11 @@ from tests.influence.net.layer_kinds import KINDS, Kind  # noqa: E402
 REPEATS = 20
 VECTORS = 3
 SECONDS = 900
-# The largest relative error for each dtype. In float32 it allows for rounding errors, summed over a
-# model. In float64 it allows for an error of 1e-9 from finite differences.
+# The largest relative error that counts as right, for each dtype. In float32 it allows for the
+# rounding errors of all layers. In float64 it allows for the error of finite differences, 1e-9.
 LIMITS = {"float32": 1e-5, "float64": 1e-7}
-# The largest relative error for layers that TensorFlow always computes in float32.
+# The largest relative error that counts as right for layers that TensorFlow always computes in
+# float32, in nets of both dtypes.
 ROUNDED = 2e-5
 
 
@@ -73,7 +74,8 @@ def expected(kind: Kind, x: Any, y: Any, V: Any) -> dict[str, Any]:
     x = x if kind.shape is None else x.astype("float64")
     dense = oracles.dense_derivatives(model, squares, x, y)
     theta = np.concatenate([np.ravel(w.numpy()) for w in model.trainable_weights])
-    step = 0.5 if kind.rounds else 1e-6  # a step this short rarely crosses a kink of a relu
+    # With the short step, a relu rarely changes its sign. Layers in float32 need the long one.
+    step = 0.5 if kind.rounds else 1e-6
 
     def products(x, y):
         at = oracles.plain_gradient_at(model, squares, x, y)
@@ -105,9 +107,12 @@ def answers(net: GenericNeuralNet, x: Any, y: Any, V: Any) -> dict[str, Any]:
 
 
 def measured(name: str, repeats: int = REPEATS, double: bool = True) -> dict[str, Any]:
-    """Return the largest error of each answer and dtype, or the error that refused the model.
+    """Compute all answers for a layer `repeats` times in float32, and compare with `expected`.
 
-    If `double` is true, float64 is tested once too.
+    If `double` is true, the answers are also computed once in float64.
+
+    Returns: a dict with `status` "right", "wrong: ..." or "refused". A refused model also has the
+      library's `message`. Others have `errors`: the largest error of each answer and dtype.
     """
     kind, rng = KINDS[name], np.random.default_rng(8)
     x, y = kind.inputs(rng), rng.standard_normal((3, 2)).astype("float32").astype("float64")
@@ -124,7 +129,7 @@ def measured(name: str, repeats: int = REPEATS, double: bool = True) -> dict[str
         for dtype, model, times in runs:
             net = GenericNeuralNet(model, "mse")
             rows = x if kind.shape is None else x.astype(dtype)
-            # Lookup layers before the weights are applied once, by `given`.
+            # `given` applies lookup layers once and returns the inputs of the layers after them.
             examples = net.given(Examples(rows, y.astype(dtype)), "train")
             net.validate(examples, "train")
             rows = examples.x

@@ -25,10 +25,12 @@ class Kind:
 
     Attributes:
       make: returns the keras.Model.
-      shape: the shape of a row, or None if a row holds word numbers.
-      twin: returns an equal model in float64, for layers that TensorFlow lacks in float64.
+      shape: the shape of a row, or None if a row holds five word numbers.
+      twin: returns a float64 model that computes the same by other layers. It is needed if
+        TensorFlow has no float64 operation for the layer.
       rounds: True if TensorFlow computes the layer in float32 even for float64 inputs. Finite
-        differences then use a long step. This is exact, as the loss is a polynomial of degree 4.
+        differences then use a long step, because of rounding. They are still exact, because these
+        models have linear layers and a loss that is a polynomial of degree 4 in the weights.
     """
 
     make: Callable[[], keras.Model]

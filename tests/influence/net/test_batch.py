@@ -19,7 +19,7 @@ ROUNDING = 1e-12
 # --- against finite differences of values by Keras itself -------------------------------------
 
 
-# The fourth-order differences have an error of about 1e-10. The tests require 1e-6.
+# The differences are of fourth order and have an error of about 1e-10.
 
 
 def test_derivatives_against_differences(tanh):
@@ -85,7 +85,7 @@ def test_bregman_gradient_against_differences_of_the_divergence(kind):
         f = net.outputs(x)
         net.theta = theta
         rise = scipy.special.logsumexp(f, axis=1) - scipy.special.logsumexp(s, axis=1)
-        # The labels cancel, because the loss is linear in them.
+        # The loss is logsumexp(f) - f_y. The terms with the labels y cancel in D.
         return (rise - np.sum(P * (f - s), axis=1)).mean()
 
     V = rng.standard_normal((net.num_parameters, 2))
@@ -128,7 +128,10 @@ def test_a_net_at_another_theta_answers_as_one_that_is_there(tanh):
 
 
 def test_each_question_is_traced_once_whatever_sizes_it_comes_in():
-    """Check that a second size causes no second trace, which would change last bits of results."""
+    """Check that batches and blocks of other sizes do not cause another trace of a function.
+
+    The results of another trace may differ in their last bits.
+    """
     net, examples = tanh_net()
     untraced(net)
     for num, size in ((1, 20), (3, 1), (2, 7)):
@@ -142,7 +145,8 @@ def test_each_question_is_traced_once_whatever_sizes_it_comes_in():
             net.each_batch(question, *(np.stack([part] * num) for part in (x, y, V)))
     functions = net.flat._functions
     assert len(functions) == 6
-    for function in functions.values():  # a concrete function is never traced again
+    # TensorFlow never traces a concrete function again.
+    for function in functions.values():
         assert isinstance(function, tf.types.experimental.ConcreteFunction)
 
 

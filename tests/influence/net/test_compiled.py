@@ -25,7 +25,7 @@ CLASSES, BITS = RNG.integers(0, 3, N), RNG.integers(0, 2, (N, 1))
 ONE_HOT = np.eye(3)[CLASSES]
 STEPS = RNG.integers(0, 3, (N, 4))
 WORDS = RNG.integers(1, 3, (N, 2)) * (RNG.random((N, 2)) < 0.8)
-WORDS = -np.sort(-WORDS, axis=1)  # shorter words end in zeros
+WORDS = -np.sort(-WORDS, axis=1)  # zeros mark the end, so they must come last
 ROUNDING = 1e-12
 # Keras divides a masked loss by the number of valid labels plus 1e-7.
 EPSILON = 1e-7
@@ -141,7 +141,10 @@ def test_every_loss_with_sample_weights_is_the_one_that_keras_reports(loss, unit
 
 
 def test_every_loss_of_keras_is_tried():
-    """Expect no other exceptions: Circle compares rows in pairs, and CTC has its own test."""
+    """Check that LOSSES has every loss class of Keras except the base class, Circle and CTC.
+
+    Circle compares rows in pairs, so rows have no losses of their own. CTC has its own test.
+    """
     names = {n for n, c in vars(K).items() if isinstance(c, type) and issubclass(c, K.Loss)}
     tried = {type(loss).__name__ for loss, *_ in LOSSES}
     assert names - tried == {"Loss", "Circle", "CTC"}
@@ -309,7 +312,7 @@ def test_the_weighted_sum_of_two_outputs_losses(structure, loss, loss_weights, w
         lambda y, z: y["b"][:, 0] - (z["b"] if structure is dict else z[0])[:, 0]
     )
     outputs = net.outputs(X)
-    # A measurement ignores the weights.
+    # A measurement is not multiplied by the weights of rows or outputs.
     expected = b - (outputs["b"] if structure is dict else outputs[0])[:, 0]
     measured.validate(Examples(X, BOTH, weight), "test")
     np.testing.assert_allclose(measured.losses(X, y), expected, atol=ROUNDING)
@@ -317,7 +320,11 @@ def test_the_weighted_sum_of_two_outputs_losses(structure, loss, loss_weights, w
 
 
 def test_gauss_newton_of_two_outputs():
-    """Compare with the sum of w_i J' H J over both outputs, by a plain tape in float64."""
+    """Compare with the mean over rows i of w_i J_i' H_i J_i, summed over both outputs.
+
+    w_i is the row's weight, J_i (c, d) the Jacobian of the output by a plain tape in float64, and
+    H_i (c, c) the Hessian of the weighted loss by the output.
+    """
     model = two(list)
     model.compile("sgd", ["mse", CLASS], loss_weights=[0.2, 3.0])
     net, y = GenericNeuralNet(model), Examples(X, BOTH, WEIGHT).y
@@ -328,7 +335,7 @@ def test_gauss_newton_of_two_outputs():
     expected = np.zeros((net.num_parameters, net.num_parameters))
     p = tf.nn.softmax(a).numpy()
     for output, H in (
-        # The loss of b is the mean of two squares.
+        # The loss of b is 0.2 times the mean of two squares, so its Hessian is 0.2 I.
         (b, 0.2 * np.broadcast_to(np.eye(2), (N, 2, 2))),
         (a, 3 * (p[:, :, None] * np.eye(3) - p[:, :, None] * p[:, None])),
     ):
@@ -371,7 +378,7 @@ def test_an_added_loss_that_is_a_mean_over_rows_belongs_to_each_row():
     again = pickle.loads(pickle.dumps(net))
     assert relative_error(again.losses(X, y), alone) < ROUNDING
     without = GenericNeuralNet(net.model, CLASS)
-    # Added losses count even if the caller gives the loss function.
+    # The losses that layers add also count if the caller gives the loss of the output.
     assert relative_error(without.losses(X, y), alone) < ROUNDING
 
 

@@ -156,7 +156,7 @@ def test_sample_weights_in_the_third_place(unnamed):
 def test_class_weights_are_those_of_fit(unnamed):
     model, net, *_ = unnamed
     weights = class_weights(Y, {0: 0.3, 1: 5.0})
-    # Keras computes the loss of the only batch before the training step.
+    # The epoch has one batch. Keras reports its loss at the weights before the training step.
     fitted = in_float32(model).fit(
         [A, B], Y, class_weight={0: 0.3, 1: 5.0}, batch_size=N, verbose=0
     )
@@ -251,7 +251,8 @@ def test_every_question_takes_a_keras_model_for_a_net(tmp_path):
         lambda: datainf(model, train, test, damping=1.0),
         lambda: poison(model, train, test, [0], 0.1),
     )
-    # An error about the missing loss shows that each function accepts a Keras model.
+    # The model is not compiled. If a function complains only about the missing loss, it has
+    # accepted the Keras model in place of a net.
     for question in questions:
         with pytest.raises(ValueError, match="^loss must be given for a model that is not"):
             question()
@@ -262,7 +263,10 @@ def test_every_question_takes_a_keras_model_for_a_net(tmp_path):
 
 
 def _responses(x, y, theta, rows, loss):
-    """Return the exact changes of loss, (m, k), by minimising R(theta) - L(z_i, theta) / n."""
+    """Return the changes of `loss` (m, k) if row i is taken out, for each i of `rows`.
+
+    The new parameters are the exact minimum of R(theta) - L(z_i, theta) / n, in closed form.
+    """
     n = len(x)
     found = []
     for i in rows:

@@ -113,14 +113,17 @@ def test_ekfac_of_a_layer_with_its_own_softmax():
 
 
 def test_scores_with_weights_against_a_dense_plain_matrix():
-    """Compare with w_t grad loss_t' H^-1 w_i grad loss_i / n, where w_t weights test row t."""
+    """Compare with w_t grad loss_t' (H + 2 I)^-1 w_i grad loss_i / n, from plain tapes.
+
+    w_t is the weight of test row t, and w_i that of training row i. The damping is 2.
+    """
     model, w = functional(3, "softmax"), np.linspace(0, 2, N)
     train, test = Examples(X, CLASSES, w), Examples(X[:2] + 1, CLASSES[:2], [3.0, 0.5])
     net = GenericNeuralNet(model, "sparse_categorical_crossentropy")
     variables = [weight.value for weight in model.trainable_weights]
     with tf.GradientTape(persistent=True) as outer:
         with tf.GradientTape(persistent=True) as inner:
-            # The risk has no penalty. Therefore the matrix needs the damping below.
+            # p (N + 2,) are the probabilities of the labels of all training and both test rows.
             p = tf.gather(model(np.concatenate([X, X[:2] + 1])), np.r_[CLASSES, CLASSES[:2]],
                           axis=1, batch_dims=1)  # fmt: skip
             losses = -tf.math.log(p) * np.r_[w, 3.0, 0.5]

@@ -221,7 +221,11 @@ def test_which_losses_are_known_to_be_convex_in_the_output(loss, convex):
 
 @pytest.mark.parametrize("kind", ["softmax", "one-hot", "sigmoid", "two sigmoids"])
 def test_curvature_of_a_saturated_cross_entropy_keeps_float32s_digits(kind):
-    """Compare with H u in float64: p_a sum_b p_b (u_a - u_b), or p (1 - p) u for one output."""
+    """Compare H u with its formula in float64, for logits so large that p is nearly 0 or 1.
+
+    H is the Hessian of the loss by the outputs. Entry a of H u is p_a sum_b p_b (u_a - u_b). For
+    each sigmoid output it is p (1 - p) u over the number of outputs.
+    """
     rng = np.random.default_rng(0)
     outputs = {"softmax": 4, "one-hot": 4, "sigmoid": 1, "two sigmoids": 2}[kind]
     z = (20 * rng.standard_normal((6, outputs))).astype(np.float32)

@@ -32,7 +32,8 @@ def quartic(y, output):
     return tf.reduce_sum((y - output) ** 4, axis=-1)
 
 
-# Each entry holds a function that makes the model, then inputs, labels and valid positions.
+# Each entry has four parts: a function that makes the model, inputs, labels, and a mask that is
+# True at valid positions.
 CASES = {
     "tagging": (lambda: masked.tagger(sparse()), WORDS, TAGS, WORDS != 0),
     "labels_with_an_axis": (lambda: masked.tagger(sparse()), WORDS, TAGS[..., None], WORDS != 0),
@@ -86,7 +87,11 @@ def case(request):
 
 
 def test_risk_and_derivatives_are_those_of_keras(case):
-    """Compare also with batches of 4, 4 and 1 rows, which differ in their valid positions."""
+    """Compare with Keras' risk of all rows in one batch.
+
+    The library uses one batch, then batches of 4, 4 and 1 rows. These have different numbers of
+    valid positions, so a mean of their means would be wrong.
+    """
     model, net, examples, valid = case
     x, y = examples.x, examples.y
     risk, gradient = masked.slope(model, lambda: masked.keras_risk(model, x, y))
@@ -103,7 +108,8 @@ def test_risk_and_derivatives_are_those_of_keras(case):
         V = np.random.default_rng(7).standard_normal((len(H), 2))
         assert relative_error(A @ V, H @ V) < EPSILON
         assert relative_error(A.dense(), H) < EPSILON
-    # The mean of the estimates from all three batches is the exact matrix.
+    # Three samples of three rows are together all rows. The mean of their estimates of H V is then
+    # exact.
     every = np.arange(N).reshape(3, 3)
     estimates = A.sampled(every, np.broadcast_to(V, (3, *V.shape)))
     assert relative_error(estimates.mean(axis=0), H @ V) < EPSILON
@@ -155,7 +161,10 @@ def test_gauss_newton_of_a_linear_head_is_the_hessian(case):
 
 
 def test_sample_weights_leave_the_number_of_valid_positions():
-    """Compare with Keras, which takes weights (n, 1) for losses (n, T)."""
+    """Check that a weighted risk still divides by the number of valid positions, as in Keras.
+
+    Keras needs weights (n, 1) for losses (n, T).
+    """
     model, weight = masked.tagger(sparse()), np.random.default_rng(0).uniform(0.5, 2, N)
     net, examples = GenericNeuralNet(model), Examples(WORDS, TAGS, weight)
     net.validate(examples, "train")

@@ -115,7 +115,7 @@ def test_scores_are_the_measurements_slope_along_the_change(problem, name, probl
     expected = np.stack([slope(move) for move in moves], axis=1)
     scores = Influence(p.net, p.train, solver=Direct()).scores(p.test, rows, measurement=OURS[name])
     assert scores.measurement == name
-    # The finite differences have about this error.
+    # The finite differences have an error of about 1e-8 of their size.
     assert relative_error(scores[:], expected) < 1e-8
 
 
@@ -131,7 +131,8 @@ def test_scores_are_the_changes_of_exact_refits(problem, name, problems):
     after = [measured(p, name, p.theta + move) for move in moves]
     actual = (np.stack(after, axis=1) - before[:, None]).ravel()
     line = scipy.stats.linregress(predicted[:].ravel(), actual)
-    # Leverages near 0.01 raise the slope above 1.
+    # First order predicts too small a change: the actual change is about 1 / (1 - leverage) times
+    # as large. The leverages are near 0.01, so the slope is a little above 1.
     assert 0.98 < line.slope < 1.06 and line.rvalue > 0.998
     assert abs(line.intercept) < 0.02 * actual.std()
 
@@ -187,7 +188,7 @@ def test_labels_of_an_svm():
     net.fit(train)
     influence = Influence(net, train, solver=Direct(), approximation="first_order")
     moves = influence.parameters([3, 8])
-    # The margin is y x w, so this is its change when w moves.
+    # The margin of a row is y x w, so a move of w changes it by y x times the move.
     expected = (train.y[:, None] * train.x) @ moves.T
     got = influence.scores(train, [3, 8], measurement=margin)
     assert relative_error(got[:], expected) < 1e-11

@@ -269,7 +269,7 @@ LOGITS = {"from_logits": True}
         ),
         (
             dense(),
-            # This loss broadcasts (n,) - (n, 1).
+            # (n,) - (n, 1) is broadcast to (n, n).
             lambda y, output: tf.reduce_mean((y - output) ** 2, axis=-1),
             REAL,
             r"^loss must depend on its own row alone, .*labels of shape \(4,\) broadcast against "
@@ -394,7 +394,10 @@ def test_vectors_and_inputs_that_do_not_fit(tanh):
 
 
 def test_many_nets_make_tensorflow_warn_of_nothing(caplog):
-    """Check that nets made in a loop cause no retracing warning. They share function names."""
+    """Check that nets made in a loop cause no warning of TensorFlow about retracing.
+
+    Their traced functions have the same names.
+    """
     rows = np.random.default_rng(0).standard_normal((4, 2))
     for _ in range(7):
         net = GenericNeuralNet(dense()(), "mse")

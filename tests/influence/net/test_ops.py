@@ -29,7 +29,10 @@ IMAGES = np.random.default_rng(0).uniform(0.1, 0.9, (2, 5, 4, 3)).astype("float3
 
 
 def test_layers_that_killed_the_process(tmp_path):
-    """Run a process with two threads, because one thread does not show the error of oneDNN."""
+    """Check layers in a process with two threads, where an error of oneDNN once killed the process.
+
+    With one thread the error does not appear.
+    """
     names = ["MultiHeadAttention", "Dense of rank 4"]
     command = [sys.executable, "-m", "tests.influence.net.layer_grid", str(tmp_path / "file")]
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "1"}
@@ -48,7 +51,10 @@ PRODUCTS = {  # shapes of x and y, then whether each is transposed
 
 
 def dynamic(*arrays):
-    """Return the arrays' specs. The last two sizes are known, and the leading sizes are unknown."""
+    """Return a TensorSpec for each array, in which all axes before the last two have unknown sizes.
+
+    A matrix has no such axes, so its sizes are all known.
+    """
     return [
         tf.TensorSpec(
             [None] * (a.ndim - 2) + list(a.shape[-2:]) if a.ndim > 2 else a.shape, a.dtype
@@ -74,7 +80,8 @@ def test_no_product_has_the_shapes_that_onednn_computes_wrongly(shapes, known):
     for op in graph.get_operations():
         if op.type == "BatchMatMulV2":
             left, right = (t.shape for t in op.inputs)
-            # The product itself broadcasts neither factor.
+            # oneDNN computes some products wrongly that broadcast a factor. So the product itself
+            # must broadcast neither factor.
             assert left.rank != 4 or right.rank == 4
             assert "BroadcastTo" in {t.op.type for t in op.inputs} or left[1] != 1
     a = np.swapaxes(x, -1, -2) if over_x else x
@@ -154,7 +161,7 @@ def test_replacements_have_the_values_of_tensorflow_and_both_derivatives(name):
 
 @pytest.mark.parametrize("exponent", [1, 2, 3, 4])
 def test_powers_of_zero_have_all_derivatives(exponent):
-    """Compare the derivatives of x^k with closed forms. At 0 the k-th derivative is k!."""
+    """Compare all derivatives of x^k with closed forms, at 0 too, where the k-th one is k!."""
     x: Any = tf.constant([0.0, 2.0], tf.float64)
     zero = tf.UnconnectedGradients.ZERO
     functions: list[Any] = [lambda x: x**exponent]
@@ -175,7 +182,10 @@ def test_powers_of_zero_have_all_derivatives(exponent):
 
 
 def test_layers_whose_activations_are_computed_again():
-    """Check `keras.RematScope`. It calls a TensorFlow function that fails in a graph."""
+    """Check layers made in a `keras.RematScope`, which compute their activations twice.
+
+    The scope calls a TensorFlow function that fails in a graph. The library must still work.
+    """
     plain = sequential((3,), L.Dense(4, activation="tanh"), L.Dense(1))
     with keras.RematScope(mode="full"):
         again = sequential((3,), L.Dense(4, activation="tanh"), L.Dense(1))
@@ -213,7 +223,8 @@ def test_tensorflow_is_unchanged_outside_the_block_and_in_other_threads():
     thread = threading.Thread(target=other)
     thread.start()
     inside.wait()
-    seen.append(operations(lambda x: tf.nn.softsign(x)))  # only the other thread is inside `exact`
+    # `exact` replaces Softsign. The other thread is inside `exact` now, and this one is not.
+    seen.append(operations(lambda x: tf.nn.softsign(x)))
     with ops.exact(), ops.exact():
         seen.append(operations(lambda x: tf.nn.softsign(x)))
         leave.set()
@@ -312,7 +323,7 @@ def test_a_loss_with_a_replaced_function():
     net.validate(Examples(x, y), "train")
     v = np.random.default_rng(3).standard_normal(net.num_parameters)
     z = x.astype("float64") @ model.layers[-1].kernel.numpy()[:, 0] - y
-    # This is the second derivative of (z / (1 + |z|))^2.
+    # The loss is (z / (1 + |z|))^2, where z is output minus label. This is its second derivative.
     curvature = 2 / (1 + abs(z)) ** 4 - 4 * abs(z) / (1 + abs(z)) ** 4
     ones = oracles.with_ones(x.astype("float64"))
     true = ones.T @ (curvature * (ones @ v)) / 4

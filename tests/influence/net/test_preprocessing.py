@@ -122,7 +122,7 @@ def test_a_float64_copy_and_a_pickled_net_keep_the_lookups(table):
     want = expected(features, model.get_weights()[-2:])
     double = GenericNeuralNet(model, dtype="float64")
     scores = Influence(double, (TABLE, Y), **HOW).scores((TABLE[:M], Y[:M]))
-    # Normalization has computed its mean and variance in float32.
+    # The Normalization layer computes its mean and variance in float32, so the tolerance is 1e-5.
     np.testing.assert_allclose(scores, want, rtol=1e-5, atol=1e-9)
     single = GenericNeuralNet(model)
     losses = single.astype("float64").losses(dict(TABLE), Y)
@@ -204,7 +204,7 @@ def test_padding_that_no_output_depends_on_is_taken():
     plain.set_weights(model.get_weights())
     y = Y.astype(float)
     net = GenericNeuralNet(model)
-    # dense_scores adds the same penalty.
+    # dense_scores puts the penalty L2 on every weight. In the model, only the embedding lacks it.
     net.flat.weights[0].regularizer = keras.regularizers.L2(L2)
     want = dense_scores(plain, cross_entropy, (ids, y), (ids[:M], y[:M]), L2, damping=1.0)
     how = {"solver": Direct(), "damping": 1.0, "curvature": Hessian}
@@ -224,7 +224,9 @@ def test_padding_that_outputs_depend_on_is_refused():
     pooled = L.Lambda(lambda t: tf.cast(t.to_tensor(), "float32")[:, :1], (1,))(ragged(inputs))
     model = keras.Model(inputs, head()(pooled))
     model.compile("sgd", "mse")
-    net = GenericNeuralNet(model)  # the Lambda takes integers, so it is not among the lookup layers
+    # The lookup layer gives rows of different lengths, which the Lambda layer would cut to one.
+    # The library applies only the lookup layer beforehand, and refuses its rows.
+    net = GenericNeuralNet(model)
     with pytest.raises(ValueError, match="^model must prepare rows of one length, got a ragged"):
         Influence(net, (MAILS, Y))
 

@@ -1,4 +1,4 @@
-"""Tests of questions as values: what they answer, and their pickling."""
+"""Tests of `PerRow`, `Total` and `loss_sum`: what these questions answer, and their pickling."""
 
 import pickle
 

@@ -104,7 +104,8 @@ def test_the_recipe_is_that_of_the_training(first):
     assert about["versions"]["keras"] == keras.__version__
     assert about["data"] == Examples(*rows()).fingerprint
     assert found.notes == () and found.sample_weight is None
-    # The damping is (1 - momentum) / (eta T). T is 5 epochs of 6 steps.
+    # The damping is (1 - momentum) / (eta T), with the learning rate eta = 0.1 and T steps: 5
+    # epochs of 6 steps.
     assert found.damping() == pytest.approx(0.5 / (0.1 * 30), rel=1e-6)
 
 
@@ -241,7 +242,7 @@ def test_a_model_of_mixed_precision_is_followed(tmp_path):
         keras.config.set_dtype_policy(before)
     found, watch = trained(tmp_path, model, (x, y), epochs=2)
     p = np.array(watch.outputs, np.float64)[:, np.arange(N), y]
-    np.testing.assert_allclose(found.losses, -np.log(p), atol=0.05)  # bfloat16 has 3 digits
+    np.testing.assert_allclose(found.losses, -np.log(p), atol=0.05)  # bfloat16 has 2 to 3 digits
     np.testing.assert_array_equal(found.thetas[-1], watch.thetas[-1])
 
 
@@ -403,7 +404,10 @@ def test_a_record_that_begins_later_says_so(tmp_path):
 
 
 def test_a_record_after_other_steps_gives_no_damping(tmp_path):
-    """Check a record that begins after other steps. The optimiser's own count of steps gives T."""
+    """Check a second record of the same model, which begins when the optimiser has made 12 steps.
+
+    `training_damping` must then take T = 18 from the optimiser's own count of steps.
+    """
     x, y = rows()
     model = built()
     whole, _ = trained(tmp_path / "whole", model, (x, y), epochs=2)
@@ -445,7 +449,8 @@ class Tick(keras.callbacks.Callback):
 @pytest.mark.parametrize(
     ("per_pass", "expected"),
     [
-        (1.5, list(range(1, 17))),  # an epoch takes 6 s, of which a quarter is 1.5 s
+        # An epoch takes 6 s. At 1.5 s for each pass over the rows, every epoch can be recorded.
+        (1.5, list(range(1, 17))),
         (1.6, None),
         (3.0, None),
         (200.0, [1, 16]),
@@ -462,7 +467,7 @@ def test_recording_takes_a_quarter_of_the_time(tmp_path, monkeypatch, per_pass, 
     else:
         assert found.epochs[0] == 1 and found.epochs[-1] == 16 and 2 < len(found.epochs) < 16
         assert found.share <= 0.25
-        # The rule is not too careful, so the share is not far below a quarter.
+        # The allowed share of the time is a quarter. The rule must also use a good part of it.
         assert found.share > 0.1
         assert "epochs were not recorded" in found.notes[0]
     assert found.share <= 0.25 or len(found.epochs) == 2
@@ -570,7 +575,8 @@ def test_another_callbacks_evaluate_does_not_change_the_number_of_rows(tmp_path,
             self.model.evaluate(x[:7], y[:7], verbose=0)
 
     callbacks = [Asks(), Recorder(tmp_path, (x, y), every=1)][::order]
-    if dataset:  # in the first epoch of a dataset, Keras does not know the number of batches
+    # After `filter`, Keras does not know the number of batches before the first epoch has ended.
+    if dataset:
         given = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
         given = given.filter(lambda x, y: tf.shape(y)[0] > 0)
         built().fit(given, epochs=3, verbose=0, callbacks=callbacks)

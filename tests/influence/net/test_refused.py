@@ -7,7 +7,7 @@ from influence.examples.stream import Stream
 from tests.influence import problems
 from tests.influence.examples.test_stream import Batches
 
-# These are more rows than one pass of the check takes.
+# So many rows that the check needs more than one pass.
 N = 9000
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 L = keras.layers

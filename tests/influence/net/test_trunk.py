@@ -74,7 +74,7 @@ def network(nested=True, counts=False):
 
 
 def head_alone(model, names, x):
-    """Return a model of the last layers `names`, and the inputs of these layers for x."""
+    """Return a model of the last layers `names` only, and its inputs for each array of x."""
     layers = [model.get_layer(name) for name in names]
     inputs = z = keras.Input(layers[0].input.shape[1:])
     for layer in layers:
@@ -86,7 +86,10 @@ def head_alone(model, names, x):
 
 
 def frozen(how, counts=False):
-    """Return a net and its Keras model. Theta has the weights of `hidden` and `head`."""
+    """Return (net, model). Theta has the weights of the layers `hidden` and `head` only.
+
+    With `how` = "layers", the call names these two layers. Otherwise all other layers are frozen.
+    """
     model, trunk = network(nested=how != "flat", counts=counts)
     if how == "layers":
         return GenericNeuralNet(model, LOSS, layers=["hidden", "head"]), model
@@ -138,7 +141,8 @@ def test_the_trunk_runs_once_for_each_row():
     Counter.rows = 0
     scores = Influence(net, (X, Y), solver=CG(), damping=0.3, curvature=GaussNewton)
     scores.scores((XT, YT))
-    # For each set, a check computes one row again in a batch of its own.
+    # The trunk runs once for each row. For each of the two sets, a check also computes one row
+    # again, in a batch of its own.
     assert Counter.rows == len(X) + len(XT) + 2
     test = Examples(XT, YT)
     scores.scores(test)
@@ -161,7 +165,7 @@ def test_layers_inside_an_inner_model_may_hold_theta():
     found = Hessian(net, train) @ np.eye(net.num_parameters)
     units = np.eye(whole.num_parameters)[:, mask]
     np.testing.assert_allclose(found, (Hessian(whole, train) @ units)[mask], rtol=RTOL, atol=1e-14)
-    # The penalty is that of theta plus a constant for the frozen weights.
+    # The frozen weights have penalties too. They are constants, which the net's penalty includes.
     assert net.penalty() == pytest.approx(whole.penalty(), rel=1e-14)
 
 

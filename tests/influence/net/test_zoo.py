@@ -78,14 +78,17 @@ def quartic(y, z):
 
 @dataclass(frozen=True)
 class Kind:
-    """Recipe for a model, its loss for the net, the same loss in plain TensorFlow, and a batch."""
+    """Recipe for a model and a batch.
+
+    `loss` is given to the net. `plain` is the same loss, written in plain TensorFlow.
+    """
 
     make: Callable
     loss: Any
     plain: Callable
     x: Callable  # maps a random generator to inputs
     y: Callable  # maps a random generator to labels
-    by_autodiff: bool = True  # False if TensorFlow's second derivatives are wrong
+    by_autodiff: bool = True  # False if TensorFlow's second derivatives of `make()` are wrong
 
 
 def normal(*shape):
@@ -306,7 +309,8 @@ def test_losses_and_first_derivatives(case):
 def test_second_derivatives(case):
     net, x, y, V = case.net, case.x, case.y, case.V
     assert relative_error(net.hvp(x, y, V), case.hessian @ V) < case.second
-    # Otherwise the plain loss takes probabilities, not logits.
+    # In the other cases the plain loss takes probabilities. The library uses logits, or refuses,
+    # so the two matrices cannot be compared.
     if net.loss.from_logits and net.loss.head is None:
         product = net.gauss_newton_product(x, y, V)
         assert relative_error(product, case.dense.gauss_newton @ V) < AUTODIFF
@@ -348,7 +352,8 @@ def test_other_derivatives_where_maps_must_loop():
     losses = elsewhere(net, partial(net.losses, x, y))
     theta, h = net.theta, 1e-3
     near, far = (losses(theta + t * v) + losses(theta - t * v) for t in (h, 2 * h))
-    # The rounding error of this second difference is about 1e-16 / h^2.
+    # This is the second derivative along v by differences. Its rounding error is about 1e-16 / h^2,
+    # here 1e-10.
     expected = (16 * near - far - 30 * losses(theta)) / (12 * h**2)
     assert relative_error(net.curvatures(x, y, v), expected) < 1e-6
     one = np.random.default_rng(9).standard_normal(x.shape)
@@ -371,7 +376,7 @@ def test_grouped_convolutions():
 
 
 def plain_input_gradient(case):
-    """Return d/dx of grad loss_i . v by two nested tapes on the model's own weights."""
+    """Return the derivative of grad loss_i . v by the inputs of row i, by two nested tapes."""
     weights = case.net.model.trainable_weights
     parts = np.split(case.V[:, 0], np.cumsum([int(np.prod(w.shape)) for w in weights])[:-1])
     x = tf.nest.map_structure(tf.constant, case.x)
@@ -435,5 +440,5 @@ def test_float32_models_answer_in_float32():
     ):
         got = question(net)
         assert got.dtype == np.float32
-        # Each of a few hundred additions has a rounding error of 6e-8.
+        # An answer sums a few hundred float32 numbers, each addition with an error of up to 6e-8.
         assert relative_error(got, question(exact)) < 1e-4

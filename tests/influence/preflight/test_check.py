@@ -185,7 +185,7 @@ def test_a_saddle_is_found():
     hidden = L.Dense(3, activation="tanh", use_bias=False, **D64)
     model = sequential((2,), hidden, L.Dense(3, use_bias=False, **D64), **D64)
     net = GenericNeuralNet(model, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    net.theta = np.zeros(net.num_parameters)  # theta = 0 is a stationary point
+    net.theta = np.zeros(net.num_parameters)  # the gradient is zero here, but it is no minimum
     train = Examples(x, y)
     report = check(net, train, curvature=Hessian)
     assert named(report, "fail") == {"smallest eigenvalue"}

@@ -58,8 +58,8 @@ def test_products_with_another_matrix_are_found(linear, monkeypatch):
     product = p.net.hvp
     monkeypatch.setattr(p.net, "hvp", lambda x, y, V: 1.01 * product(x, y, V))
     difference, asymmetry = lines(p.net, p.train)
-    # The fault changes only the loss's part of the Hessian by 1 %. The penalty's part, a few per
-    # cent, is correct.
+    # The fault makes the loss's part of the products 1 % too large. The penalty's part is right and
+    # is a few per cent of the whole. So the relative difference is a little below 1 %.
     assert difference.verdict == "fail" and 0.009 < difference.value < 0.01 / 1.01 + 1e-6
     assert asymmetry.verdict == "ok"
 
@@ -125,7 +125,7 @@ def found(low, high, error=0.0, converged=True, complete=False):
 def test_the_smallest_eigenvalue_decides(low, error, known, damping, verdict, says):
     line = hessian.smallest(found(low, 10.0, error), known, damping, 1e-6)
     assert line.verdict == verdict and line.value == low and says in line.meaning
-    if verdict == "fail":  # the damping in the remedy must be large enough
+    if verdict == "fail":  # with the damping that the remedy names, the eigenvalue is positive
         enough = float(line.remedy.split("damping=")[1].split(" ")[0])
         assert low - damping + enough > 1e-3
 
@@ -134,11 +134,12 @@ def test_the_smallest_eigenvalue_decides(low, error, known, damping, verdict, sa
     ("error", "converged", "complete", "known", "verdict"),
     [
         (0.05, True, False, np.nan, "ok"),
-        # Some eigenvalue lies near this value, but it need not be the smallest.
+        # With such an error, or without convergence, the value may belong to another eigenvalue
+        # than the smallest.
         (0.06, True, False, np.nan, "warn"),
         (0.01, False, False, np.nan, "warn"),
         (0.01, False, False, 0.1, "ok"),
-        (0.06, True, True, np.nan, "ok"),  # the search has found all eigenvalues
+        (0.06, True, True, np.nan, "ok"),  # `complete`: the search has found all eigenvalues
         (0.6, True, True, np.nan, "warn"),
     ],
 )
@@ -200,8 +201,8 @@ def test_drift_and_removals_are_those_of_the_closed_form(linear, with_test, dist
     drift = watched.gradients(moved) @ np.linalg.solve(p.oracle.hessian(moved), gradient)
     removals = p.oracle.predicted_changes(moved, watched, np.arange(60))
     ratio = np.sqrt(np.mean(drift**2)) / np.sqrt(np.mean(removals**2))
-    # The check uses two random sums of rows, and CG to a residual of 0.1. Its result is correct
-    # within a factor of two.
+    # The check estimates the ratio from two random sums over rows, and solves by CG to a residual
+    # of 0.1. So its result is right only within a factor of two.
     assert 0.5 < line.value / ratio < 2
     assert line.verdict == verdict
     assert f"gradient norm {np.linalg.norm(gradient):.1e}" in line.meaning

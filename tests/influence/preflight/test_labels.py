@@ -92,7 +92,8 @@ def test_swapped_labels_are_found(kind):
     net.fit(Examples(x, y))
     theta = net.theta
     if kind == "logits":
-        net.theta = 0.01 * theta  # then the outputs are near 0 and have both signs
+        # The outputs are then near 0, with both signs. They are logits, not probabilities.
+        net.theta = 0.01 * theta
     if kind == "probabilities":
         outputs = keras.layers.Activation("sigmoid", dtype="float64")(net.model.outputs[0])
         net = GenericNeuralNet(keras.Model(net.model.inputs, outputs), "binary_crossentropy")
@@ -112,7 +113,8 @@ def test_what_is_no_class_is_compared_to_nothing():
     for net, y in (
         (p.net, p.train.y),
         (counts, np.arange(40) % 5),
-        # The labels are 0 and 1, but the check does not know the threshold of a callable loss.
+        # The labels are 0 and 1. But for a loss given as a function, the check does not know which
+        # outputs mean class 1, so it compares no accuracy.
         (bits, np.arange(40) % 2),
         (p.net, 2 + np.arange(40) % 2),
     ):

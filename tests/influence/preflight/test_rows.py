@@ -72,7 +72,8 @@ def test_batch_normalisation_left_in_training_mode_is_found():
     net, examples = with_layer(TrainingMode(**D64))
     line = rows.separate(net, examples)
     assert line.verdict == "fail" and line.value > 0.1 and "training=True" in line.remedy
-    # The check compares outputs too. They differ although the losses are almost equal.
+    # The check compares the outputs too. If the loss is almost 0 in every row, only the outputs
+    # show the fault.
     silent = GenericNeuralNet(net.model, lambda y, z: 1e-12 * squares(y, z))
     assert rows.separate(silent, examples).value == pytest.approx(line.value)
     assert twice(net, examples).verdict == "ok"
@@ -103,7 +104,7 @@ class Noise(L.Layer):
 
 
 class SeededNoise(L.Layer):
-    """A layer of noise from Keras' global seed, which is not a variable of the model."""
+    """A layer of noise from Keras' global random state, which is not a variable of the model."""
 
     def call(self, inputs):
         return inputs + keras.random.normal(tf.shape(inputs), dtype=inputs.dtype)

@@ -1,6 +1,7 @@
-"""Tests of questions about a whole test set, each of which needs only one linear system.
+"""Tests of scores for one number of a whole test set, such as its mean loss.
 
-Predicted changes that are impossible cause a warning.
+Such a question needs only one linear system. Other tests check the warning that is given if a
+predicted change would make a loss negative.
 """
 
 import keras
@@ -32,7 +33,7 @@ def test_the_mean_and_the_sum_need_one_system(kind):
 
 
 def gap(y, outputs):
-    """Return the difference of the mean squared output between the two halves of the rows."""
+    """Return the mean squared output of the first half of the rows minus that of the second."""
     half = tf.shape(outputs)[0] // 2
     return tf.reduce_mean(outputs[:half] ** 2) - tf.reduce_mean(outputs[half:] ** 2)
 
@@ -40,7 +41,8 @@ def gap(y, outputs):
 def test_a_function_of_all_outputs():
     p = ridge()
     found = influence(p).scores(p.test, reduce=gap)
-    # In least squares the outputs are A theta, and theta moves as the oracle predicts.
+    # The outputs are z = A theta, where A (m, d) are the test features. The derivative of `gap` by
+    # theta is therefore A' (2 signs z). The oracle predicts the moves of theta.
     A = p.measured.features
     z, half = A @ p.net.theta, len(A) // 2
     signs = np.where(np.arange(len(A)) < half, 1 / half, -1 / (len(A) - half))
@@ -68,7 +70,7 @@ def test_a_reduction_that_has_no_meaning_is_refused():
 
 def test_a_loss_that_is_predicted_to_fall_below_zero_is_named():
     p = ridge()
-    # The squared error of this row is almost zero. Most predicted changes would make it negative.
+    # The loss of this row, a squared error, is 1e-6. Many predicted changes would make it negative.
     x = p.test.x[:1]
     near = (x, p.net.outputs(x)[:, 0] + 1e-3)
     with pytest.warns(UserWarning, match=r"predicted changes cannot be: test loss 0 is 1e-06, it"):

@@ -16,7 +16,11 @@ def network():
 
 
 def dense(net, train, test, damping, layers):
-    """Return DataInf's scores (m, n), by averaging the inverses of all rows in each layer."""
+    """Return DataInf's scores (m, n) by its definition in dense matrices.
+
+    For each layer, DataInf takes the mean over rows i of (g_i g_i' + damping I)^-1 as the inverse.
+    g_i is the part of row i's gradient that belongs to the layer.
+    """
     G, V = net.gradients(train.x, train.y), net.gradients(test.x, test.y)
     n = len(train)
     S = np.zeros_like(V)
@@ -51,7 +55,10 @@ def test_for_a_linear_model_there_is_one_layer():
 
 
 def test_one_row_is_exact(network):
-    """Check one row. DataInf then solves exactly with the diagonal blocks of the layers."""
+    """Check a training set of one row, with the gradient g.
+
+    The mean of one inverse is exact, so DataInf solves with g g' + damping I in each layer.
+    """
     net, train = network
     one, test = train.take([8]), train.take([3, 5])
     g = net.gradients(one.x, one.y)[0]
@@ -64,9 +71,10 @@ def test_one_row_is_exact(network):
 
 
 def test_with_much_damping_it_is_influence_with_that_damping():
-    """Check sign and scale. With much damping, a score is g . grad L(z_i) / (n damping).
+    """Check the sign and scale of scores with a damping so large that curvature does not matter.
 
-    Here g is the gradient of the test loss, and L is a training row's loss plus the penalty.
+    DataInf and damped influence are then equal: g . grad L(z_i) / (n damping). g is the gradient of
+    the test loss, and L is a training row's loss plus the penalty.
     """
     p = logistic("sigmoid")
     got = datainf(p.net, p.train, p.test, damping=1e6)
@@ -103,7 +111,7 @@ def test_layers_are_keras_layers():
     net = GenericNeuralNet(keras.Model(inputs, outputs), "mse")
     rng = np.random.default_rng(0)
     train = Examples(rng.standard_normal((6, 4, 2)), rng.standard_normal(6))
-    # One layer has 2 x 3 + 3 x 3 + 3 weights and the other has 3. They are the slices below.
+    # The first layer has 2 x 3 + 3 x 3 + 3 = 18 weights, and the other has 3.
     got = datainf(net, train, train, damping=(0.3, 0.1))
     expected = dense(net, train, train, (0.3, 0.1), (slice(0, 18), slice(18, 21)))
     assert relative_error(got[:], expected) < 1e-10

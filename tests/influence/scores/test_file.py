@@ -92,7 +92,8 @@ def test_the_file_holds_the_scores(kind, tmp_path, small_blocks):
     assert table.dtype == np.float32 and rounded["s_test"].dtype == np.float64
     error = np.abs(table - expected).max() / np.abs(expected).max()
     assert 1e-9 < error < 1e-6
-    # Here the sample contains all rows.
+    # The file's rounding error is the largest one in a sample of the table. Here the sample is the
+    # whole table.
     assert rounded["rounding_error"] == pytest.approx(error, rel=0.01)
 
 
@@ -135,7 +136,8 @@ def test_streams_sparse_rows_and_float32_nets(tmp_path, small_blocks):
     stream = Stream(Batches(p.train.x, p.train.y, 7)), Stream(Batches(p.test.x, p.test.y, 3))
     streamed = Influence(p.net, stream[0], solver=Direct())
     same(contents(streamed.write_scores(tmp_path / "stream.h5", stream[1])), expected)
-    # A stream with the same rows counts as the same input, so the file is complete.
+    # A stream counts as the same input as arrays with the same rows. The file is already complete
+    # for this input, so this call only returns its path.
     assert streamed.write_scores(path, p.test)
     sparse = Examples(scipy.sparse.csr_matrix(p.train.x), p.train.y)
     got = contents(
@@ -179,7 +181,7 @@ def test_memory_is_bounded_by_blocks_not_by_the_table(tmp_path, monkeypatch):
     train = Examples(x, y)
     test = Examples(rng.standard_normal((m, f)), np.arange(m) % 3)
     influence = Influence(net, train, solver=Direct())
-    influence.prepared(np.ones(60))  # makes the solver allocate its memory before it is measured
+    influence.prepared(np.ones(60))  # the solver allocates its memory now, before the measurement
     monkeypatch.setattr(score_file, "_TESTS", 512)
     tracemalloc.start()
     path = influence.write_scores(tmp_path / "large.h5", test)
@@ -213,7 +215,8 @@ def test_memory_is_bounded_where_theta_is_long_too(tmp_path, monkeypatch):
     influence = Influence(net, Examples(x[:2], y[:2]), solver=Halving())
     # The operator holds a copy of theta. Make it before memory is measured.
     assert influence.operator.shape == (net.num_parameters,) * 2
-    monkeypatch.setattr("influence.scores.inverse.VECTORS", most)  # 17 vectors fit into this memory
+    # All 24 vectors s_test do not fit into this memory at once, but 17 would.
+    monkeypatch.setattr("influence.scores.inverse.VECTORS", most)
     monkeypatch.setattr(score_file, "_S_BYTES", most // 2)
     tracemalloc.start()
     influence.write_scores(tmp_path / "long.h5", Examples(x, y))
@@ -248,7 +251,8 @@ Influence(p.net, p.train, solver=Direct()).write_scores(sys.argv[1], p.test)
 
 
 def test_a_killed_run_continues_to_the_same_file(tmp_path, small_blocks, monkeypatch):
-    num_marks = 9  # a whole run makes 16 marks: four for solves, 3 x 4 for blocks
+    # A whole run marks 16 steps as finished: four solves and 3 x 4 blocks of the table.
+    num_marks = 9
     path = tmp_path / "scores.h5"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED, str(path), str(num_marks)]
@@ -303,7 +307,7 @@ def test_what_a_kill_leaves_while_the_file_is_made_is_overwritten(tmp_path, monk
     p = problem()
     with monkeypatch.context() as patch:
         patch.setattr(score_file, "_describe", lambda *_: 1 / 0)
-        # After a kill -9, no code removes the partial file.
+        # Imitate a kill -9: the partial file is not removed.
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         with pytest.raises(ZeroDivisionError):
             Influence(p.net, p.train, solver=Direct()).write_scores(tmp_path / "s.h5", p.test)

@@ -12,8 +12,9 @@ import numpy as np
 from influence.common import checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
-# HDF5 may end its process, so a child process writes the file. At first the space is too small for
-# the file. After an interruption it is too small for the rest. At the end there is no limit.
+# HDF5 may end its process, so a child process writes the file, in four attempts. First the space is
+# too small for the file. The second attempt has enough space, but is interrupted after the solves.
+# Then the space is too small for the rest. The fourth attempt has no limit and must finish.
 CHILD = """
 import resource
 from pathlib import Path
@@ -64,7 +65,9 @@ def test_too_little_space_is_said_at_once_and_loses_nothing(tmp_path):
     assert re.fullmatch(said + r"0 \[\]", first)
     assert second == "KeyboardInterrupt  7 ['s.h5.partial']"
     assert re.fullmatch(said + r"7 \['s\.h5\.partial'\]", third)
-    assert last == "14"  # each file needs 7 solves, so no test example was solved twice
+    # The four attempts and the second file, "whole.h5", together solved 14 systems. Each file needs
+    # 7, one for each test example, so none was solved twice.
+    assert last == "14"
     with h5py.File(tmp_path / "s.h5") as found, h5py.File(tmp_path / "whole.h5") as expected:
         table = expected["change_if_removed"][()]
         assert table.any()
@@ -72,7 +75,10 @@ def test_too_little_space_is_said_at_once_and_loses_nothing(tmp_path):
 
 
 def test_the_space_of_the_file_is_reserved(tmp_path):
-    """Check that blocks are reserved. A file that is only extended has none before a write."""
+    """Check that the file gets its disk blocks when it is made, before any score is written.
+
+    A file that is only extended to its size has no blocks.
+    """
     path = tmp_path / "part"
     path.write_bytes(b"kept")
     checkpoint.reserve(path, 1 << 20, path)

@@ -1,4 +1,4 @@
-"""Tests of Influence.group against exact refits without the group and the dense formula."""
+"""Tests of Influence.group against exact refits without the group, and against dense matrices."""
 
 import keras
 import numpy as np
@@ -30,7 +30,11 @@ def problems():
 
 
 def groups(problem, percent):
-    """Return six groups by name: random, one class, neighbours, and three by influence or loss."""
+    """Return {name: rows} of six groups with the given percentage of the rows.
+
+    They are random rows, rows of one class, rows near row 0, the most helpful rows, the most
+    harmful rows, and the rows with the largest losses.
+    """
     p, k = problem, N * percent // 100
     own = p.oracle.gradients(p.theta) + p.oracle.penalty * p.theta
     influence = own @ np.linalg.solve(
@@ -54,7 +58,11 @@ def refitted(problem, rows):
 
 
 def second_order(problem, rows):
-    """Return the changes by the dense formula. T comes from differences of the Hessian."""
+    """Return the second-order changes of the test losses without the group, by dense matrices.
+
+    T = (d/dt H(theta + t D1)) D1, at t = 0, has the third derivatives of the risk. It is computed
+    by differences of the Hessian H.
+    """
     p, n, k = problem, len(problem.train), len(rows)
     theta, H = p.theta, p.oracle.hessian(p.theta)
     penalty = np.diag(np.broadcast_to(p.oracle.penalty, theta.shape))
@@ -72,7 +80,8 @@ def second_order(problem, rows):
 
 # --- against exact refits --------------------------------------------------------------------
 
-# Relative errors of orders 1 and 2 over the test losses. Each is the median of six groups.
+# For a problem and a group's percentage of the rows: the relative errors of order 1 and of order 2.
+# An error is over all test losses. Each number is the median over six groups.
 MEDIANS = {
     ("softmax", 1): (0.098, 0.0036),
     ("softmax", 5): (0.146, 0.0151),
@@ -103,7 +112,11 @@ def test_order_two_is_closer_to_the_refit_than_order_one(problem, percent, probl
 
 
 def test_the_terms_that_others_leave_out_decide(problems):
-    """Check that order 2 without T and d2 f (Basu, You & Feizi 2020) can be worse than order 1."""
+    """Check that order 2 without two of its terms can be worse than order 1.
+
+    Basu, You & Feizi (2020) leave out the third derivative T and the second derivative of the test
+    loss.
+    """
     p = problems["sigmoid"]
     rows = groups(p, 25)["most harmful"]
     n, k, theta, H = N, len(rows), p.theta, p.oracle.hessian(p.theta)
@@ -132,7 +145,7 @@ def test_the_refit_is_that_of_the_nets_own_fit(problems):
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_error_falls_with_the_power_of_the_groups_weight(order, problems):
-    """Reduce the group's share of the data tenfold. The error of order r falls with power r + 1."""
+    """Reduce the group's share of the data tenfold. Order r's error must fall by 10^(r + 1)."""
     errors = []
     for num_rows in (400, 4000):  # the group is 20 of 400 rows, then 20 of 4,000
         p = logistic("sigmoid", num_rows, weight_decay=0.1)
@@ -182,7 +195,7 @@ def test_order_two_is_the_formula(problem, problems):
     rows = np.arange(0, 90, 3)
     got = Influence(p.net, p.train, solver=Direct()).group(p.test, rows, 2)
     assert got.order == 2 and got.measurement == "loss"
-    # T comes from differences of fourth order.
+    # The only error of `second_order` is that of T, from differences of fourth order.
     assert relative_error(got[:], second_order(p, rows)) < 1e-9
     solved = Influence(p.net, p.train, solver=CG(rtol=1e-12), batch_size=13)
     assert relative_error(solved.group(p.test, rows, order=2)[:], got[:]) < 1e-9
@@ -198,7 +211,10 @@ def test_sparse_rows_change_nothing(problems):
 
 
 def test_a_single_row_of_least_squares_to_second_order():
-    """Compare with the exact move, H^-1 g / n / (1 - leverage), to second order."""
+    """Compare with the exact move of theta, first / (1 - leverage), expanded to second order.
+
+    `first` = H^-1 g / n is the move to first order.
+    """
     p = ridge(N, l2=0.0)
     row = [11]
     moved = p.oracle.without(row).minimum(p.theta) - p.theta
@@ -213,13 +229,16 @@ def test_a_single_row_of_least_squares_to_second_order():
 
     influence = Influence(p.net, p.train, solver=Direct())
     got = influence.group(p.test, row, 2, measurement=prediction)
-    # The method expands 1 / (1 - h) about h = 1 / n to first order.
+    # Order 2 is the expansion of 1 / (1 - h) about h = 1 / N, up to the first power of h - 1 / N.
     about = N / (N - 1) * (1 + (leverage - 1 / N) * N / (N - 1))
     np.testing.assert_allclose(got[:], p.measured.features @ first * about, rtol=1e-9)
 
 
 def test_damping_counts_for_the_group_too():
-    """Compare with the formula. Both H and H_U include damping, which cancels in H_U - H."""
+    """Compare with the formula for a damped H. The group's Hessian H_U is damped as well.
+
+    The damping therefore cancels in H_U - H.
+    """
     p = ridge(N)
     rows = np.arange(40)
     damped = Influence(p.net, p.train, solver=Direct(), damping=0.7).group(p.test, rows, 2)[:]
@@ -233,7 +252,10 @@ def test_damping_counts_for_the_group_too():
 
 
 def test_a_network_with_a_penalty_that_is_not_quadratic():
-    """Compare third derivatives of all layers with differences of the library's Hessian."""
+    """Compare with the formula, for a net whose penalty has a third derivative.
+
+    The third derivatives T come from differences of the library's Hessian.
+    """
     net, train = tanh_net(l2=0.1)
     net.model.layers[-1].kernel.regularizer = Quartic()
     untraced(net)
@@ -260,11 +282,12 @@ def test_a_network_with_a_penalty_that_is_not_quadratic():
     curved = np.array([D1 @ m @ D1 for m in hessian_at(0 * D1)[1]])
     expected = net.gradients(test.x, test.y) @ D2 + curved / 2
     assert np.linalg.norm(T) > 1e-3 * np.linalg.norm(own @ D1)
-    assert relative_error(got[:], expected) < 1e-6  # T comes from differences of second order
+    # T comes from differences of second order, with a relative error of about step^2 = 1e-6.
+    assert relative_error(got[:], expected) < 1e-6
 
 
 class Quartic(keras.regularizers.Regularizer):
-    """A regulariser with a third derivative."""
+    """A regulariser whose third derivative is not zero: 0.05 times the sum of w^4."""
 
     def __call__(self, x):
         return 0.05 * tf.reduce_sum(x**4)

@@ -57,7 +57,7 @@ def test_scores_are_those_of_the_closed_form(problem, solver, problems):
     rows = np.arange(len(p.train))
     expected = p.oracle.predicted_changes(p.theta, p.measured, rows)
     scores = Influence(p.net, p.train, solver=solver, approximation="first_order").scores(p.test)
-    # The solver's tolerance is 1e-11. These Hessians have condition numbers below 100.
+    # The solver's tolerance, 1e-11, times the condition number, below 100, is at most 1e-9.
     assert relative_error(scores.change_if_removed, expected) < 1e-9
     np.testing.assert_array_equal(scores.rows, rows)
     s_test = np.linalg.solve(p.oracle.hessian(p.theta), p.measured.gradients(p.theta).T)
@@ -127,8 +127,9 @@ def test_scores_are_the_changes_of_exact_refits(kind, weight_decay):
     predicted = Influence(p.net, p.train, solver=Direct()).scores(p.test, rows)[:].ravel()
     actual = p.oracle.actual_changes(p.theta, p.measured, rows).ravel()
     line = scipy.stats.linregress(predicted, actual)
-    # First order ignores the row's leverage. The mean leverage is d/n, at most 18/1000 here, and
-    # far less if the penalty dominates. Omitting the penalty in L(z) would shift every change.
+    # First order predicts too small a change, because it ignores the row's leverage. This raises
+    # the slope above 1 by about the mean leverage, which is at most d/n = 18/1000. If L(z) lacked
+    # the penalty, every predicted change would be shifted, and the intercept would not be 0.
     assert 0.99 < line.slope < 1.03
     assert line.rvalue > 0.999
     assert abs(line.intercept) < 0.01 * actual.std()
@@ -137,7 +138,7 @@ def test_scores_are_the_changes_of_exact_refits(kind, weight_decay):
 
 
 def test_positive_means_the_row_helped(problems):
-    """Check that a test loss rises if the same point is removed from training."""
+    """Check that the loss of a row rises if this row is removed from training."""
     p = problems["ridge"]
     twin = Examples(p.train.x[[4]], p.train.y[[4]])
     assert abs(p.net.losses(twin.x, twin.y)[0]) > 0.1
@@ -145,7 +146,8 @@ def test_positive_means_the_row_helped(problems):
     before = p.oracle.losses(p.theta)[4]
     after = p.oracle.losses(p.oracle.without([4]).minimum(p.theta))[4]
     assert after > before and change > 0
-    # In least squares, removing a row multiplies its residual by exactly 1 / (1 - leverage).
+    # In least squares, removing a row multiplies its residual by exactly 1 / (1 - leverage). The
+    # tolerance allows for this factor.
     H = p.oracle.hessian(p.theta)
     leverage = p.oracle.hessians(p.theta)[4] @ np.linalg.inv(H) / len(p.train)
     assert change == pytest.approx(after - before, rel=4 * np.trace(leverage))
@@ -160,8 +162,8 @@ def test_the_error_of_parameters_falls_with_the_square_of_n():
         actual = p.oracle.actual_parameters(p.theta, rows)
         errors[n] = np.linalg.norm(predicted - actual, axis=1).mean()
         assert errors[n] < 0.25 * np.linalg.norm(actual, axis=1).mean()
-    # Four times the rows should divide the error by about 16. The mean over only twenty
-    # rows may differ from this by a factor of two.
+    # The error is of order 1 / n^2, so four times the rows should divide it by about 16. The mean
+    # is over only twenty rows, so the ratio may differ from 16 by a factor of two.
     assert 8 < errors[100] / errors[400] < 32
 
 
@@ -379,7 +381,7 @@ def test_float32_in_float32_out():
     scores = influence.scores(p.test)
     assert scores[:].dtype == influence.self_influence().dtype == np.float32
     assert influence.parameters([0]).dtype == np.float32
-    # Errors come from the losses in float32 and from the solver's rtol = 1e-5.
+    # There are two errors: the gradients are in float32, and the solver has rtol = 1e-5.
     assert relative_error(scores[:], expected) < 1e-3
     derivatives = influence.perturbation(p.test, ROWS)
     assert derivatives.dtype == np.float32

@@ -95,7 +95,8 @@ def test_the_damping_that_is_named_counts_what_is_there(tanh, solver):
     found = re.search(r"damping (?:well )?above (\S+) \((\S+) more than now\)", message)
     enough, more = map(float, found.groups())
     assert enough == pytest.approx(present + more, rel=1e-2)
-    assert enough <= -smallest * 1.01  # CG does not always meet the smallest eigenvalue
+    # CG knows only the negative curvature that it met, so it may name too small a damping.
+    assert enough <= -smallest * 1.01
     if isinstance(solver, Direct):
         assert enough == pytest.approx(-smallest, rel=1e-2)
 
@@ -139,9 +140,11 @@ def test_cg_on_an_indefinite_hessian_raises_and_direct_answers(tanh):
 
 def test_a_singular_hessian_is_refused():
     p = ridge(20, num_inputs=3, l2=0.0)
-    x = np.column_stack([p.train.x[:, :2], p.train.x[:, 1]])  # the second feature occurs twice
+    # In the training rows, features 1 and 2 are equal, so H is singular. In the test rows they
+    # differ, so test gradients do not lie in the range of H.
+    x = np.column_stack([p.train.x[:, :2], p.train.x[:, 1]])
     train = Examples(x, p.train.y)
-    test = Examples(p.test.x, p.test.y)  # in these test points the two equal features differ
+    test = Examples(p.test.x, p.test.y)
     with pytest.raises(DivergenceError, match="A is singular: curvature .* was met"):
         Influence(p.net, train, solver=CG(), curvature=Hessian).scores(test)
     with pytest.raises(DivergenceError, match="^A must not be singular"):

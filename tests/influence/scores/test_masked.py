@@ -1,4 +1,7 @@
-"""Tests of scores and refits with masked positions, against dense matrices of Keras' own loss."""
+"""Tests of scores and refits for rows with masked positions.
+
+The expected values come from dense matrices of derivatives of Keras' own loss.
+"""
 
 import h5py
 import keras
@@ -21,7 +24,8 @@ from tests.influence.masked import F8, SIDE, STEPS, K, classes, voided
 from tests.influence.problems import relative_error
 
 N, TESTS, PENALTY = 250, 4, 0.03
-# Keras divides by the number of valid positions plus 1e-7.
+# The largest relative error. Keras divides by the number of valid positions plus 1e-7, and the
+# library by this number.
 EPSILON = 1e-6
 
 
@@ -79,7 +83,9 @@ class Problem:
         self.tests = np.stack([self.gradient(self.test, i) for i in range(TESTS)])
         self.penalty = 2 * PENALTY * self.net.theta
         moves = np.linalg.solve(self.H, ((self.losses + self.penalty) * self.v[:, None]).T)
-        self.moves = moves.T / self.v.sum()  # (n, d): v_i H^-1 (grad loss_i + grad P) / sum v
+        # (n, d): row i is v_i H^-1 (grad loss_i + grad P) / sum v. P is the penalty, and v_i is the
+        # number of valid positions of row i.
+        self.moves = moves.T / self.v.sum()
         self.scores = self.tests @ moves / self.v.sum()
 
     def gradient(self, examples, i):
@@ -150,14 +156,15 @@ def test_ekfac_as_a_preconditioner_and_for_self_influence(problem):
     X = influence.parameters(rows)
     expected = np.einsum("nd,nd->n", p.losses[rows], X)
     assert relative_error(influence.self_influence(rows), expected) < EPSILON
-    # The solver is approximate. The size is right only if scores divide by the valid positions.
+    # EK-FAC is approximate, so only the size of X is checked. It would be wrong by a large factor
+    # if a row's part were divided by the number of rows and not by that of valid positions.
     size = np.linalg.norm(X) / np.linalg.norm(p.moves[rows])
     assert 0.6 < size < 1.6
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_agree_with_refits(kind):
-    """Compare with refits, which divide by the number of remaining valid positions."""
+    """Compare with refits. A refit's risk divides by the number of valid positions that remain."""
     (_, net, train, test), rows = fitted(kind, 2000), np.arange(20)
     scores = Influence(net, train).scores(test, rows).change_if_removed.ravel()
     refits = leave_one_out(net, train, test, rows)
@@ -247,7 +254,7 @@ def test_tracin_takes_the_rows_own_losses(tags):
 
 
 def test_perturbation_of_a_masked_row():
-    """Compare with a difference of two refits."""
+    """Compare the derivative by one pixel with the difference of two refits that move the pixel."""
     model = masked.segmenter(sparse(ignore_class=255), 0.1)
     x, y = masked.images(40), voided(classes(40, SIDE, SIDE), 255)
     net, train = masked.net_of(model, x, y)

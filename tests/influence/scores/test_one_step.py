@@ -165,7 +165,7 @@ def test_weighted_rows_of_a_regression_with_a_penalty_are_exact():
 
 
 def two_outputs():
-    """Return a float64 net with a regression and a binary output, 30 rows, and dense Jacobians."""
+    """Return (net, x, y): a float64 net with a regression and a binary output, at its minimum."""
     rng = np.random.default_rng(2)
     inputs = keras.Input((4,), dtype="float64")
     l2 = {"kernel_regularizer": keras.regularizers.L2(0.02), "dtype": "float64"}
@@ -189,7 +189,8 @@ def test_several_outputs_match_a_newton_step_in_numpy():
     for row in (0, 11, 29):
         kept = np.arange(30) != row
         B, penalty = A[kept], 0.04 * np.diag([1, 1, 1, 1, 0])
-        # The loss is .5 times a mean over two values. Its Hessian by each value is .5.
+        # The loss of "value" is .5 times the mean of two squares. Its second derivative by each of
+        # the two outputs is .5.
         G = 0.5 * B.T @ (B @ V - y["value"][kept]) / 29 + penalty @ V
         step = V - np.linalg.solve(0.5 * B.T @ B / 29 + penalty, G)
         np.testing.assert_allclose(found.outputs["value"][row], A[row] @ step, rtol=1e-7)
@@ -265,7 +266,8 @@ def test_every_way_to_the_blocks_gives_the_same_scores(monkeypatch):
         monkeypatch.setattr(type(influence.inverse), "blocks_by", blocks)
         return influence.scores(test)
 
-    # Solvers without the exact matrix M use A in its place. A contains damping / n too much.
+    # "dense" and "gram" form M, which has only 1 - 1 / n of the penalty and damping in A. "solves"
+    # uses A in place of M, so its leverages agree only to 10 %.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(net, "penalty_hvp", lambda V: np.zeros_like(V))
         dense, gram = scores("dense"), scores("gram")
@@ -285,11 +287,11 @@ def test_ekfac_blocks_are_exact_for_one_linear_layer():
     how = {"damping": 0.1, "curvature": GaussNewton, "approximation": "one_step"}
     found = Influence(net, train, solver=EKFAC(), **how).scores(train)
     A = np.column_stack([train.x, np.ones(90)])
-    # The mean of two squares has the Hessian I with respect to the outputs.
+    # The loss is the mean of two squares, so its Hessian by the two outputs is I.
     inverse = np.linalg.inv(A.T @ A / 90 + 0.1 * np.eye(4))
     np.testing.assert_allclose(found.leverage, 2 * np.einsum("ni,ij,nj->n", A, inverse, A) / 90)
     dense = Influence(net, train, solver=Direct(), **how).scores(train)
-    # EK-FAC's matrix contains damping / n too much. Here that is a thousandth of the curvature.
+    # EK-FAC uses a matrix with damping / n too much, about a thousandth of the curvature.
     largest = np.abs(dense.change_if_removed).max()
     gap = np.abs(found.change_if_removed - dense.change_if_removed).max()
     assert gap < 5e-3 * largest
@@ -431,7 +433,8 @@ def test_first_order_names_rows_of_large_leverage(digits):
     one = Influence(net, train, approximation="one_step").scores(test)
     known = np.isfinite(scores.leverage)
     assert 1 <= known.sum() <= 16
-    # One step also removes penalty / n, so its leverages are larger by about 1 / n of their size.
+    # The one-step method also removes the row's share of the penalty, 1 / n of it. Its leverages
+    # are therefore larger, by about 1 / n of their size.
     np.testing.assert_allclose(scores.leverage[known], one.leverage[known], rtol=0.02)
 
 

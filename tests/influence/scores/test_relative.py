@@ -37,7 +37,7 @@ def test_is_the_score_for_each_unit_of_the_move(problem, kind, problems):
 
 
 def test_the_papers_formulas_have_no_n(problems):
-    """Compare with the paper's formulas, in which the factors 1/n cancel."""
+    """Compare with the paper's formulas. The factors 1/n of score and size cancel in the ratio."""
     p = problems["softmax"]
     g = p.oracle.gradients(p.theta)[ROWS] + p.oracle.penalty * p.theta
     X = np.linalg.solve(p.oracle.hessian(p.theta), g.T)
@@ -50,7 +50,10 @@ def test_the_papers_formulas_have_no_n(problems):
 
 
 def test_no_row_is_larger_than_its_kind_allows(problems):
-    """Check that ratios are at most |grad m| or sqrt(grad m' H^-1 grad m), by Cauchy-Schwarz."""
+    """Check the bounds on |ratio| that follow from the inequality of Cauchy and Schwarz.
+
+    With the gradient v of the test loss they are |v| for "theta" and sqrt(v' H^-1 v) for "loss".
+    """
     p = problems["softmax"]
     influence = Influence(p.net, p.train, solver=Direct())
     V = p.measured.gradients(p.theta)
@@ -101,11 +104,12 @@ def test_blocks_and_batches_change_nothing(problems, monkeypatch):
 def test_a_row_that_moves_nothing_has_no_direction():
     p = ridge(l2=0.0)
     x, y = p.train.x.copy(), p.train.y.copy()
-    # The label lies exactly on the fit, so the gradient of the row is zero.
+    # Set the label to the model's output for this row, so that the row's gradient is zero.
     y[3] = (np.append(x[3], 1) @ p.theta).item()
     influence = Influence(p.net, Examples(x, y), solver=Direct())
     g = p.net.gradients(x[[3]], y[[3]])
-    if np.any(g):  # rounding may leave a small gradient
+    # NumPy and TensorFlow may round the output differently. Then take TensorFlow's output.
+    if np.any(g):
         y[3] = p.net.outputs(x[[3]])[0, 0]
         influence = Influence(p.net, Examples(x, y), solver=Direct())
     for kind in ("theta", "loss"):

@@ -11,7 +11,8 @@ from influence.scores.tracin import tracin
 from tests.influence import recorded
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, through_keras
 
-MODULE = sys.modules["influence.scores.tracin"]  # the package exports a function of the same name
+# `influence.scores.tracin` is the function that the package exports, not the module.
+MODULE = sys.modules["influence.scores.tracin"]
 
 RATES = [0.1, 0.05, 0.2]
 
@@ -46,7 +47,10 @@ def test_is_the_sum_over_checkpoints(problem, problems):
 
 @pytest.mark.parametrize(("steps", "tolerance"), [(20, 0.1), (200, 0.01)])
 def test_is_what_training_on_the_row_took_off_the_loss(steps, tolerance):
-    """Check sign, scale and unit, in a training by small gradient steps on one row at a time."""
+    """Train by small gradient steps on one row at a time.
+
+    The scores of all steps must sum to the fall of each test loss, in sign, scale and unit.
+    """
     net, train = tanh_net()
     order = np.arange(steps) % 4  # steps on rows 0, 1, 2, 3 in turn
     rate = 0.4 / steps
@@ -172,7 +176,7 @@ def test_a_history_is_summed_over_its_checkpoints(trained, chosen, epochs, steps
     )
     for given in (history, folder):
         got = tracin(model, (x, y), (x_test, y_test), history=given, checkpoints=chosen)
-        # The learning rate is in float32.
+        # The history has the learning rate in float32, so the scores have an error of about 1e-7.
         assert relative_error(got.reduction_by_training, expected) < 1e-6
 
 
@@ -185,7 +189,7 @@ def test_a_history_says_what_full_batches_took_off_the_loss(tmp_path):
     test = recorded.rows(7, seed=1)
     first, last = (recorded.losses(history.theta(epoch), *test) for epoch in (0, 3))
     got = tracin(model, (x, y), test, history=history)[:].sum(axis=1) / history.batch_size
-    # TracIn ignores the penalty's part of the steps, so the test adds this part.
+    # The steps also followed the gradient of the penalty, which TracIn leaves out. Add this part.
     l2 = np.append(np.full(12, 2 * recorded.PENALTY), np.zeros(3))
     for theta in history.thetas[:3]:
         got = got + 0.01 * recorded.gradients(theta, *test) @ (l2 * theta)

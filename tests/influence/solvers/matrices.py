@@ -22,7 +22,7 @@ class Damped(LinearOperator):
 
 
 def counting(matrix):
-    """Return the matrix as an operator, and a list of the numbers of columns that it multiplied."""
+    """Return (operator, widths). Each product appends its number of columns to `widths`."""
     widths = []
 
     def product(V):
@@ -40,9 +40,13 @@ def inverse(A, solver):
 
 
 def approximation(A, matrix, solver):
-    """Return the matrix U diag(values) U' + floor (I - U U') that Lanczos or Nystrom inverts."""
+    """Return the matrix U diag(values) U' + floor (I - U U') that Lanczos or Nystrom inverts.
+
+    `matrix` is A as a dense array. U has `rank` columns.
+    """
     rng, d, rank = np.random.default_rng(solver.seed), len(matrix), solver.rank
-    if isinstance(solver, Lanczos):  # Lanczos multiplies one vector per pass for ranks up to 21
+    # For ranks up to 21, Lanczos multiplies one vector in each pass, as these lines do.
+    if isinstance(solver, Lanczos):
         w, Q = rng.standard_normal(d), np.zeros((d, 0))
         for _ in range(rank + 10):
             for _ in range(2):
@@ -50,7 +54,8 @@ def approximation(A, matrix, solver):
             w = w / np.linalg.norm(w)
             Q, w = np.column_stack([Q, w]), matrix @ w
         values, S = np.linalg.eigh(Q.T @ matrix @ Q)
-        # The second value is in the middle of the Krylov space.
+        # The floor is the smallest eigenvalue kept, or the middle one of all rank + 10 eigenvalues
+        # of the Krylov space if this is larger.
         floor = max(values[-rank], values[-((rank + 11) // 2)])
         U, values = Q @ S[:, -rank:], values[-rank:]
     else:
@@ -58,7 +63,8 @@ def approximation(A, matrix, solver):
         known = np.nanmax(
             [getattr(A, a, np.nan) for a in ("damping", "smallest_eigenvalue_bound")] + [0.0]
         )
-        # Do not subtract the damping if only the damping makes A definite.
+        # `known` is a lower bound on the eigenvalues: the damping or more. Nystrom subtracts it
+        # before the sketch, unless the sketch of A minus `known` would be indefinite.
         known = known if np.linalg.eigvalsh(Omega.T @ matrix @ Omega)[0] >= known else 0.0
         M = matrix - known * np.eye(d)
         low = M @ Omega @ np.linalg.solve(Omega.T @ M @ Omega, Omega.T @ M)

@@ -1,4 +1,7 @@
-"""Tests of systems and solvers, and of the bound on the error that a solution causes in scores."""
+"""Tests of the arguments of `solve`, of what all solvers share, and of bounds on errors of scores.
+
+A bound is for the error g . (x - A^-1 b) that an inexact solution x causes in a score.
+"""
 
 from dataclasses import replace
 
@@ -33,7 +36,7 @@ from tests.influence.problems import (
 
 
 def errors_and_bounds(matrix, solution, B):
-    """Return |g . (x - A^-1 b)| and its bound, for twenty vectors g and every b."""
+    """Return |g . (x - A^-1 b)| and the solution's bound on it, for 20 vectors g and every b."""
     G = np.random.default_rng(7).standard_normal((20, len(matrix)))
     truth = np.linalg.solve(matrix, B)
     return np.abs(G @ (solution.x - truth)), solution.score_error_bound(G)
@@ -41,7 +44,7 @@ def errors_and_bounds(matrix, solution, B):
 
 @pytest.fixture(scope="module")
 def known():
-    """Map a name to an operator that knows a lower bound on its eigenvalues, and to this bound."""
+    """Return {name: (operator, bound)}. The operator knows this lower bound on its eigenvalues."""
     net, train = tanh_net()
     softmax, sigmoid = (logistic(kind, weight_decay=0.05) for kind in ("softmax", "sigmoid"))
     return {
@@ -68,8 +71,9 @@ def test_no_score_is_further_off_than_its_bound(kind, solver, known):
     assert bound.shape == (20, 4)
     assert (error <= bound + 1e-13).all()  # 1e-13 allows for rounding
     if error.max() > 1e-10:
-        # The bound is not much too large. The cosine between a random g and the error is about 1 /
-        # sqrt(d), here 1/4. The bound on the smallest eigenvalue is close to that eigenvalue.
+        # The bound is not much too large. It assumes that g is parallel to the error of x, but the
+        # cosine of a random g is about 1 / sqrt(d), here 1/4. It also assumes that the smallest
+        # eigenvalue equals its lower bound, which is nearly so.
         assert np.median(bound / error) < 100
     else:
         assert bound.max() < 1e-6 and not isinstance(solver, LiSSA)
@@ -89,7 +93,7 @@ def test_the_bound_is_reached_where_everything_lies_along_one_direction(size):
 @pytest.mark.parametrize("d", [30, 100])
 @pytest.mark.parametrize("smallest", [0.2, -0.3, 1e-6])
 def test_direct_finds_the_bound_itself(d, smallest):
-    """Check the bound on the absolute eigenvalues, which exists for indefinite matrices too."""
+    """Check that Direct finds a close lower bound on |eigenvalues|, of indefinite matrices too."""
     A = symmetric([smallest, *np.linspace(0.5, 3, d - 1)])
     found = solve(A, np.ones(d), Direct()).eigenvalue_bound
     assert abs(smallest) * (1 - 3e-3) < found <= abs(smallest) * (1 + 1e-9)
@@ -102,7 +106,7 @@ def test_where_nothing_is_known_nothing_is_claimed():
     assert np.isnan(solution.score_error_bound(np.ones((2, 30)))).all()
     net, train = tanh_net()
     assert np.isnan(Hessian(net, train, 5.0).smallest_eigenvalue_bound)
-    # If the bound on the eigenvalues is zero, it gives no bound on the errors.
+    # A bound of 0 on the eigenvalues of A gives no bound on A^-1, and so none on errors of scores.
     singular = GaussNewton(net, train)
     assert singular.smallest_eigenvalue_bound == 0
     assert np.isnan(solve(singular, singular @ np.ones(21), CG()).eigenvalue_bound)
@@ -124,7 +128,10 @@ def test_gradients_of_another_shape(gradients):
 
 
 class Skewed(LinearOperator):
-    """A matrix whose products differ from its dense form by less than the check detects."""
+    """A matrix with a small fault: its products differ from its dense form by `away`.
+
+    The difference is too small for the check that `Direct` makes.
+    """
 
     def __init__(self, matrix, away):
         super().__init__(np.float64, matrix.shape)
@@ -146,14 +153,18 @@ def test_the_residual_of_direct_is_that_of_the_products(m):
     assert (true > 1e-12).all() and not solution.converged.any()
     watched = solution.residual if m <= 4 else solution.residual[[0, 9, 19, 29]]
     np.testing.assert_allclose(watched, true if m <= 4 else true[[0, 9, 19, 29]], rtol=1e-3)
-    # The other residuals are estimated from four columns, within a factor of five.
+    # Only four columns are multiplied by A. From them the other residuals are estimated, within a
+    # factor of five.
     assert (solution.residual > 0.5 * true).all() and (solution.residual < 5 * true).all()
     error, bound = errors_and_bounds(A.products, solution, B)
     assert (error <= bound).all()
 
 
 def test_what_the_products_differ_by_is_taken_off_the_bound():
-    """Check a smallest eigenvalue of 1e-7 in the dense form and of 9e-8 in the products."""
+    """Check that the bound holds for the products, whose smallest eigenvalue is 9e-8.
+
+    `Direct` factors the dense form, whose smallest eigenvalue is 1e-7.
+    """
     A = Skewed(symmetric([1e-7, *np.linspace(0.5, 3, 29)]), -1e-8 * np.eye(30))
     bound = solve(A, np.ones(30), Direct()).eigenvalue_bound
     assert 1e-8 < bound <= 9e-8
@@ -241,7 +252,7 @@ def test_solvers_are_values():
 )
 def test_solvers_say_what_they_are(solver, exact, indefinite):
     assert (is_exact(solver), answers_indefinite(solver)) == (exact, indefinite)
-    assert is_exact(replace(solver, rtol=0.5)) == exact  # rtol does not matter
+    assert is_exact(replace(solver, rtol=0.5)) == exact  # `exact` does not depend on rtol
 
 
 class Own:

@@ -36,7 +36,10 @@ def test_as_many_iterations_as_distinct_eigenvalues():
 
 @pytest.mark.parametrize("seed", [579, 966, 1089, 1105, 1158, 1293])
 def test_residuals_that_become_parallel_do_not_stall_a_block(seed):
-    """Use three distinct eigenvalues. Exact CG takes three iterations; rounding adds a few."""
+    """Solve four systems with a matrix of three distinct eigenvalues, for seeds that once stalled.
+
+    Without rounding, CG takes three iterations. It may take at most two more.
+    """
     rng = np.random.default_rng(seed)
     A = symmetric(rng.choice([1e-3, 1.0, 1e3], 10), seed)
     B = rng.standard_normal((10, 4)) * [1e-30, 1e-15, 1e-3, 1.0]
@@ -46,17 +49,21 @@ def test_residuals_that_become_parallel_do_not_stall_a_block(seed):
 
 def test_a_block_answers_as_its_columns_do_in_fewer_iterations(matrix, B):
     matrix = matrix + 0.1 * np.eye(D)
-    B = B * [1, 1e-6, 1e6, 1, 1]  # each column gets its own tolerance
+    B = B * [1, 1e-6, 1e6, 1, 1]  # rtol is relative to each column's own norm
     block = solve(matrix, B, CG(rtol=1e-8))
     for j in range(B.shape[1]):
         alone = solve(matrix, B[:, j], CG(rtol=1e-8))
-        # rtol is 1e-8, and the matrix has the condition number 10.
+        # The error of each x is at most rtol times the condition number: 1e-8 * 10.
         assert relative_error(block.x[:, j], alone.x) < 1e-7
         assert block.iterations[j] < alone.iterations[0] / 2
 
 
 def test_together_a_block_needs_its_share_of_the_dimensions(matrix, B):
-    """After k iterations, 5 columns have searched 5 k dimensions. For 40, 8 iterations suffice."""
+    """Check that 5 columns need 8 iterations, for a matrix of order 40.
+
+    After k iterations they have searched 5 k dimensions. One more iteration is allowed for
+    rounding.
+    """
     block = solve(matrix, B, CG(rtol=1e-8))
     assert block.converged.all() and (block.iterations <= D / 5 + 1).all()
 
@@ -82,18 +89,19 @@ def test_one_product_an_iteration_and_columns_that_are_done_leave(matrix, B):
     solution = solve(A, np.column_stack([easy, B[:, 0]]), CG(rtol=1e-6))
     steps = solution.iterations
     assert steps[:2].tolist() == [1, 2] and steps[2] > 10
-    # The last product checks the recurrence and gives the reported residual.
+    # A column leaves the block when it has converged. The last product is with all three solutions.
+    # It gives the residuals that are reported.
     assert widths == [3, 2] + [1] * (steps[2] - 2) + [3]
 
 
 def test_the_residual_is_the_true_one_where_the_recurrence_is_not():
-    # With this condition number in float32, the residual of the recurrence becomes smaller than the
-    # true residual.
+    # CG updates its residual by a recurrence. In float32 and with this condition number, 1e6, it
+    # becomes smaller than the true residual b - A x, which must be reported.
     A = symmetric(np.geomspace(1e-6, 1, D)).astype(np.float32)
     b = np.random.default_rng(0).standard_normal(D).astype(np.float32)
     solution = solve(A, b, CG(rtol=1e-5, max_iterations=2000))
     true = np.linalg.norm(b - A @ solution.x) / np.linalg.norm(b)
-    # The tolerance allows for the rounding of A x to float32, because x is large.
+    # Here x is large, so A x in float32 has a large rounding error. Allow 5 % for it.
     assert solution.residual[0] == pytest.approx(true, rel=0.05)
     assert solution.converged[0] == (solution.residual[0] <= 1e-5)
     if not solution.converged[0]:
@@ -125,7 +133,10 @@ def test_rounding_at_a_singular_matrix_names_the_rtol_too():
 
 
 def test_a_drifted_recurrence_starts_again():
-    """Check that CG restarts from the true residual if rounding has falsified the recurrence."""
+    """Check that CG restarts from the true residual if rounding has made its own one wrong.
+
+    Without the restart, this ill-conditioned float32 system would not converge.
+    """
     A = symmetric(np.geomspace(1e-7, 1, 200)).astype(np.float32)
     b = (A @ np.ones(200, np.float32)).astype(np.float32)
     first = solve(A, b, CG(rtol=1e-6, max_iterations=10_000))
@@ -241,7 +252,7 @@ def test_an_approximate_inverse_saves_iterations_and_changes_no_answer(B):
     A = symmetric(np.linspace(1, 2, D)) * np.sqrt(np.outer(scales, scales))
     B = B[:, :2]
     plain = solve(A, B, CG(rtol=1e-8, max_iterations=2000))
-    # If an operator has only matvec, SciPy multiplies the columns one by one.
+    # The preconditioner is an operator with `matvec` only. SciPy multiplies its columns one by one.
     diagonal = LinearOperator(A.shape, matvec=lambda v: np.ravel(v) / scales, dtype=A.dtype)
     better = solve(A, B, CG(rtol=1e-8, preconditioner=diagonal))
     assert better.converged.all() and plain.converged.all()

@@ -35,7 +35,7 @@ def test_answer_residual_and_smallest_eigenvalue(d, negative):
     assert relative_error(solution.x, np.linalg.solve(A, B)) < rounding
     assert solution.converged.all() and (solution.residual < rounding / 10).all()
     smallest = np.linalg.eigvalsh(A)[0]
-    # The eigenvalue is computed by ARPACK with the tolerance 1e-3.
+    # min_curvature is the smallest eigenvalue. ARPACK computes it with the tolerance 1e-3.
     np.testing.assert_allclose(solution.min_curvature, smallest, rtol=1e-3)
 
 
@@ -84,13 +84,17 @@ def test_ill_conditioned_is_not_converged():
     solution = solve(A, np.ones(10), Direct(rtol=1e-9))
     assert not solution.converged[0] and solution.residual[0] > 1e-9
     assert solution.remedy.startswith("the matrix is too ill conditioned for its dtype: use float6")
-    # An error of 1e-7 of the largest eigenvalue is 2 % of the smallest eigenvalue.
+    # In float32 an eigenvalue has an error of about 1e-7 of the largest one, 2. This is 2e-7, or
+    # 2 % of the smallest one, 1e-5.
     assert solution.min_curvature[0] == pytest.approx(1e-5, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["affine layers", "products", "closed form", "chain"])
 def test_preparing_holds_no_more_than_is_counted(kind):
-    """Check that memory is at most three matrices of the net's dtype plus one batch of rows."""
+    """Check that `prepare` needs at most the memory of three matrices (d, d) and one batch of rows.
+
+    The matrices are in the net's dtype.
+    """
     rng = np.random.default_rng(0)
     if kind == "closed form":
         net = MulticlassLogisticRegression(300, 4, dtype="float32")

@@ -92,7 +92,7 @@ def test_one_linear_layer_with_squared_error_is_exact(use_bias, penalty):
     B = np.random.default_rng(2).standard_normal((net.num_parameters, 3))
     for A in (Hessian(net, examples), GaussNewton(net, examples), GaussNewton(net, examples, 0.1)):
         solution = solve(A, B, EKFAC(rtol=1e-8))
-        # The solve requires only 1e-8.
+        # EK-FAC is exact here, so the error is far below its rtol, 1e-8.
         assert relative_error(solution.x, solve(A, B, Direct()).x) < 1e-10
         assert solution.converged.all() and not solution.remedy
         assert relative_error(solve(A, B[:, 0], EKFAC()).x, solution.x[:, 0]) < 1e-12
@@ -125,7 +125,11 @@ def patches(layer, image, out_shape):
 
 
 def factors(net, examples):
-    """Return each layer's factors mean_i sum_t a a' and mean_i sum_st g g' / T, row by row."""
+    """Return the factors (mean_i sum_t a a', mean_i sum_st g g' / T) of each layer.
+
+    a is the layer's input and g its pseudo-gradient, at position t of T and for root s. The sums
+    are computed row by row, from plain tapes.
+    """
     layers = net.model.layers
     found = {}
     for x in examples.x:
@@ -144,8 +148,8 @@ def factors(net, examples):
                 for later in layers[i + 1 :]:
                     output = later(output)
             J = tape.jacobian(output, z, experimental_use_pfor=False).numpy().reshape(len(p), -1)
-            # For a layer's whole output, J' H J is sum_s g_s g_s'. The factor uses its diagonal
-            # blocks.
+            # J (c', T c) is the Jacobian of the logits by the layer's output at all T positions.
+            # J' H J is sum_s g_s g_s'. The factor needs only the T diagonal blocks (c, c).
             c = z.shape[-1]
             T = J.shape[1] // c
             gg = (J.T @ curved @ J).reshape(T, c, T, c)
@@ -168,7 +172,11 @@ def log_loss(y, output):
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_eigenbases_of_the_kronecker_factors_and_corrected_eigenvalues(padding):
-    """Compare with the diagonal of the dense Gauss-Newton matrix in the factors' eigenbasis."""
+    """Compare with EK-FAC's definition in dense matrices.
+
+    The eigenvectors are those of the Kronecker factors. The eigenvalues are the diagonal of the
+    dense Gauss-Newton matrix in this basis.
+    """
     net, examples, penalty, damping = convolutional(padding), images(), 0.2, 0.1
     G = oracles.dense_derivatives(net.model, log_loss, examples.x, examples.y).gauss_newton
     expected = np.zeros_like(G)
@@ -191,7 +199,11 @@ def test_eigenbases_of_the_kronecker_factors_and_corrected_eigenvalues(padding):
 
 
 def test_the_correction_is_that_of_the_definition_not_the_product_of_eigenvalues():
-    """Check that K-FAC would be wrong, because inputs and pseudo-gradients are dependent."""
+    """Check that the eigenvalues are those of EK-FAC and not those of K-FAC.
+
+    K-FAC multiplies the eigenvalues of the two factors. These products differ here, because inputs
+    and pseudo-gradients are dependent.
+    """
     p = logistic("softmax", intercept=True)
     A, ours = p.oracle.features, inverse(Hessian(p.net, p.train, 0.01))
     P = p.net.outputs(p.train.x)
@@ -284,14 +296,15 @@ def test_preconditioning_a_network_gives_the_same_answer():
     truth = np.linalg.solve(matrix, b)
     assert relative_error(x0, truth) < 1e-5 and relative_error(x1, truth) < 1e-5
     assert taken <= 1.2 * plain
-    # The Kronecker factors are not the reason. With exact inverses of the layers' blocks, CG takes
-    # hardly fewer iterations.
+    # The reason is not that Kronecker factors are approximate. With the exact inverses of the
+    # blocks of single layers, CG takes more than half as many iterations.
     blocks = np.zeros_like(gauss_newton)
     for affine in affine_layers(net, train.x[:2]).layers:
         own = np.ix_(affine.entries.ravel(), affine.entries.ravel())
         blocks[own] = np.linalg.inv(gauss_newton[own])
     assert iterations(matrix, b, blocks)[0] > 0.5 * taken
-    # With the coupling between layers, CG takes less than half of the iterations.
+    # With the exact inverse of the whole Gauss-Newton matrix, which has the blocks between layers,
+    # CG takes at most half of the iterations without a preconditioner.
     whole, x2 = iterations(matrix, b, prepare(G, Direct()))
     assert 2 * whole <= plain and relative_error(x2, truth) < 1e-5
 
@@ -376,7 +389,8 @@ def test_self_influence_takes_no_products_for_residuals(monkeypatch):
     monkeypatch.setattr(GaussNewton, "_undamped", None)  # computing a product would raise an error
     monkeypatch.setattr(Hessian, "_undamped", None)
     assert np.isnan(prepared(own.T, measure=False).residual).all()
-    # EK-FAC is exact for one layer and the squared error.
+    # EK-FAC is exact for one layer and the squared error, so self-influence equals the dense
+    # formula.
     assert relative_error(influence.self_influence(), expected) < 1e-10
 
 

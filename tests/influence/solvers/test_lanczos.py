@@ -19,12 +19,15 @@ def test_full_rank_is_exact_on_an_indefinite_matrix(B):
     assert relative_error(solution.x, np.linalg.solve(A, B)) < 1e-11
     assert solution.converged.all()
     np.testing.assert_allclose(solution.min_curvature, -0.7, rtol=1e-10)
-    # The bound is on the absolute values of the eigenvalues.
+    # The bound is a lower bound on the absolute eigenvalues. The smallest one is |-0.2|.
     assert solution.eigenvalue_bound == pytest.approx(0.2, rel=1e-10)
 
 
 def test_the_approximation_is_that_of_the_formula():
-    """Check ten eigenvalues far above the rest. They are found exactly; the tenth is the floor."""
+    """Check rank 10 for a matrix with ten eigenvalues far above the other thirty.
+
+    Lanczos finds the ten exactly. It replaces the others by the smallest of the ten.
+    """
     A = symmetric([*np.linspace(1e-3, 1e-2, 30), *np.arange(1.0, 11.0)])
     values, vectors = np.linalg.eigh(A)
     U = vectors[:, -10:]
@@ -60,7 +63,10 @@ def test_passes_over_the_data_are_shared(matrix):
 
 
 def test_breakdown_goes_on_from_a_fresh_direction():
-    """Check a matrix with three eigenvalues. The Krylov space is invariant after three products."""
+    """Check that Lanczos goes on when its Krylov space is invariant and cannot grow.
+
+    For a matrix with three different eigenvalues, this happens after three products.
+    """
     A = symmetric(np.repeat([1.0, 2.0, 5.0], [10, 20, 10]))
     b = np.random.default_rng(0).standard_normal(D)
     solution = solve(A, b, Lanczos(D))
@@ -129,5 +135,5 @@ def test_a_matrix_that_is_not_finite_has_no_largest_eigenvalue():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_curvature_that_rounds_to_zero_is_zero(dtype):
     A = symmetric([*np.zeros(30), *np.linspace(1, 2, 10)]).astype(dtype)
-    for seed in range(10):  # the sign of the rounding error differs between seeds
+    for seed in range(10):  # zero is computed with a rounding error, whose sign depends on the seed
         assert solve(A, np.ones(D), Lanczos(5, seed=seed)).min_curvature[0] == 0

@@ -58,7 +58,7 @@ def test_rows_are_walked_through_without_replacement(softmax, monkeypatch):
     monkeypatch.setattr(
         Hessian, "sampled", lambda A, rows, V: seen.append(rows) or sampled(A, rows, V)
     )
-    # Each of the 2 runs has 25 steps with 3 rows. So each run passes 2.5 times over the 30 rows.
+    # Each of the 2 runs takes 25 steps with 3 rows each: 75 rows, or 2.5 passes over the 30 rows.
     solve(
         Hessian(softmax.net, softmax.train, 1.0),
         np.arange(9.0),
@@ -73,7 +73,10 @@ def test_rows_are_walked_through_without_replacement(softmax, monkeypatch):
 
 
 def test_the_average_over_runs_is_what_single_rows_give(softmax):
-    """Compare with the recursion written out, with the same order of rows."""
+    """Compare the mean of two runs with the recursion h <- b + (I - H_i / scale) h in NumPy.
+
+    Both take the rows i in the same order.
+    """
     rng = np.random.default_rng(5)
     order = np.concatenate([rng.permutation(30) for _ in range(2)])[: 2 * 25].reshape(2, 25)
     hessians = softmax.oracle.hessians(softmax.theta) + (0.1 + 0.3) * np.eye(9)
@@ -102,7 +105,10 @@ def test_damping_means_the_same_for_every_scale(softmax):
     A = Hessian(softmax.net, softmax.train, damping=0.5)
     matrix = softmax.oracle.hessian(softmax.theta) + 0.5 * np.eye(9)
     b = np.arange(9.0)
-    for scale in (2.0, 8.0):  # for scale 8, (1 - 0.6/8)^250 = 3e-9
+    # A step multiplies the error by at most 1 - 0.6 / scale, because the smallest eigenvalue is 0.6
+    # with penalty and damping. After 250 steps with scale 8, the error is below (1 - 0.6/8)^250 =
+    # 3e-9.
+    for scale in (2.0, 8.0):
         solver = LiSSA(scale=scale, depth=250, repeats=1, batch_size=30)
         assert relative_error(solve(A, b, solver).x, np.linalg.solve(matrix, b)) < 1e-7
 
@@ -113,8 +119,8 @@ def test_sampling_converges_to_the_answer(softmax):
     exact = np.linalg.solve(softmax.oracle.hessian(softmax.theta) + 0.5 * np.eye(9), B)
     rough = solve(A, B, LiSSA(depth=100, repeats=2))
     fine = solve(A, B, LiSSA(depth=100, repeats=300))
-    # The noise of an average falls with the square root of the number of runs, here by a factor of
-    # 12.
+    # The noise of the mean over runs falls with the square root of their number: from 2 to 300 runs
+    # by a factor of 12. Require a factor of 4.
     assert relative_error(fine.x, exact) < relative_error(rough.x, exact) / 4
     assert relative_error(fine.x, exact) < 0.03
     assert fine.converged.all() and (fine.residual < 0.1).all()
@@ -130,15 +136,17 @@ def test_a_column_stops_when_its_average_does(change):
     solution = solve(MATRIX, B, LiSSA(scale=4.0, change=change))
     steps = solution.iterations
     for j in range(4):
-        # The answer is the series at the last step, not the average over steps.
+        # The average over steps only decides when to stop. The answer is the series at the last
+        # step.
         expected = series(MATRIX, B[:, j], 4.0, int(steps[j]))[:, 0]
         np.testing.assert_allclose(solution.x[:, j], expected, rtol=1e-11, atol=1e-13)
         alone = solve(MATRIX, B[:, j], LiSSA(scale=4.0, change=change))
         assert alone.iterations[0] == steps[j]
     assert set(steps) <= {32, 64, 128, 256, 512, 1024}
     assert steps[0] == steps[3] == 32 < steps[1]
-    # On one eigenvector, h at step t is proportional to 1 - r^t. The averages of h are therefore
-    # known.
+    # Column 1 of B is an eigenvector. Its h at step t is proportional to 1 - r^(t + 1), with r = 1
+    # - eigenvalue / scale. Compute the averages over the last half of the steps, and so the last
+    # step.
     r, before = 1 - values[0] / 4.0, None
     for looks in (1, 2, 4, 8, 16, 32, 64):
         t = 16 * np.arange(looks // 2 + 1, looks + 1)
@@ -157,7 +165,10 @@ def test_without_a_change_every_step_is_taken():
 
 
 def test_noise_is_not_taken_for_an_end(softmax):
-    """Check two runs of single rows. Every average still changes by more than a thousandth."""
+    """Check that two noisy runs, with one row in each step, do not stop before the last step.
+
+    Each average still differs from the one before by more than a thousandth, the limit.
+    """
     A = Hessian(softmax.net, softmax.train, 0.3)
     B = np.random.default_rng(0).standard_normal((9, 3))
     solution = solve(A, B, LiSSA(depth=600, repeats=2))
@@ -210,8 +221,8 @@ def test_overflow_is_divergence_without_a_word_from_numpy(dtype):
 
 
 def test_divergence_is_looked_for_at_the_last_step_too():
-    # |1 - 3/1| = 2, so the norm doubles in each step. The solver checks the norm every 16 steps and
-    # at the end.
+    # The largest eigenvalue is 3 and the scale is 1. |1 - 3/1| = 2, so the norm doubles in each
+    # step. The solver checks the norm every 16 steps and at the end, here at step 13.
     with pytest.raises(DivergenceError, match="at step 13 "):
         solve(MATRIX, np.ones(D), LiSSA(scale=1.0, depth=13))
 
@@ -234,9 +245,10 @@ def test_a_positive_eigenvalue_is_needed(matrix):
 
 
 def with_outliers(size, dtype="float64"):
-    """Return a logistic regression at theta = 0, with eight outliers in one feature.
+    """Return the operator and the dense matrix of a logistic regression with eight outliers.
 
-    Its Hessian is x'x/4. The batches that determine the scale do not contain the outliers.
+    At theta = 0 the Hessian of a loss is x x'/4. The outliers have the value `size` in feature 0,
+    in which all other rows are zero. LiSSA chooses its scale by a few batches without outliers.
     """
     rng = np.random.default_rng(0)
     x = np.column_stack([np.zeros(400), rng.standard_normal((400, 3))]).astype(dtype)
@@ -254,7 +266,9 @@ def with_outliers(size, dtype="float64"):
 def test_a_batch_that_was_not_looked_at_doubles_the_scale():
     A, matrix = with_outliers(60.0)
     scale = largest_eigenvalue(A, 1)
-    assert scale < 20 < 60**2 / 4 / 2  # an outlier's own eigenvalue is 900
+    # The Hessian of an outlier's loss has the eigenvalue 60^2 / 4 = 900. A scale below half of it
+    # diverges.
+    assert scale < 20 < 60**2 / 4 / 2
     B = np.column_stack([np.eye(4)[0], np.eye(4)[1], np.ones(4)])
     options = {"depth": 600, "repeats": 4, "change": 0.0}
     with pytest.raises(DivergenceError, match="^LiSSA diverges at step .* with scale"):
@@ -266,7 +280,8 @@ def test_a_batch_that_was_not_looked_at_doubles_the_scale():
         next(s for s in scales if gives(A, B[:, j], LiSSA(scale=s, **options), solution.x[:, j]))
         for j in range(3)
     ]
-    # The second column does not depend on the outliers' feature, so its scale stays.
+    # `found` has the scale with which each column was solved. Column 1 has no part along the
+    # outliers' feature, so its scale was not doubled.
     assert found[1] == scale and found[0] == found[2]
     larger = found[0]
     assert larger >= 4 * scale
@@ -306,9 +321,11 @@ def test_the_chosen_scale_is_the_largest_eigenvalue():
 def test_the_chosen_scale_covers_the_sampled_batches():
     rng = np.random.default_rng(0)
     problem = ridge(num_rows=30, num_inputs=3)
-    x = np.repeat(rng.standard_normal((1, 3)), 30, axis=0)  # so all rows are equal
+    x = np.repeat(rng.standard_normal((1, 3)), 30, axis=0)
     examples = Examples(x, np.zeros(30))
-    # This is the eigenvalue of 2 x x'. Here x includes the intercept.
+    # All rows are equal, so the loss's Hessian is 2 x x', where x includes the 1 of the intercept.
+    # Its only nonzero eigenvalue is 2 |x|^2.
     largest = 2 * (np.sum(x[0] ** 2) + 1)
     found = largest_eigenvalue(Hessian(problem.net, examples), 1)
-    assert largest * (1 - 1e-3) < found < (largest + 0.2) * 1.06  # the penalty adds 0.2
+    # The penalty adds at most 0.2, and the estimate may be a few per cent too large.
+    assert largest * (1 - 1e-3) < found < (largest + 0.2) * 1.06

@@ -1,4 +1,7 @@
-"""Tests that Nystrom and Lanczos of rank r need r + 10 products and 3 (r + 10) vectors at most."""
+"""Tests of the products and the memory that Nystrom and Lanczos need, and of their answers.
+
+For rank r, they multiply at most r + 10 vectors, and hold at most 3 (r + 10) vectors in memory.
+"""
 
 import tracemalloc
 
@@ -42,13 +45,17 @@ def test_memory_of_three_blocks(kind, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", [Nystrom, Lanczos])
 def test_a_matrix_of_low_rank_and_full_rank_give_the_inverse(kind, dtype):
-    """Use a multiple of I with six larger eigenvalues. Compare with a dense inverse."""
+    """Compare with the dense inverse of 0.5 I plus a matrix of rank six, at full rank.
+
+    Lanczos must also give the inverse at rank 7.
+    """
     eps = np.finfo(dtype).eps
     A = symmetric([*np.full(194, 0.5), *np.linspace(3.0, 8.0, 6)]).astype(dtype)
     values, vectors = np.linalg.eigh(A.astype(float))
     right = vectors / values @ vectors.T
     assert relative_error(inverse(A, kind(200)), right) < 1e3 * eps
-    if kind is Lanczos:  # Lanczos computes sixteen values, of which ten are the multiple of I
+    # Rank 7 has the six larger eigenvalues and 0.5, which replaces all others. This is exact.
+    if kind is Lanczos:
         assert relative_error(inverse(A, kind(7)), right) < 1e3 * eps
 
 

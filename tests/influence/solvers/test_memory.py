@@ -1,4 +1,4 @@
-"""Tests that too large problems are refused before any work, and that EK-FAC stores its sums."""
+"""Tests that too large problems are refused before any work, and of EK-FAC's stored sums."""
 
 import re
 
@@ -75,7 +75,8 @@ def test_stored_factors_serve_every_damping_without_a_pass(monkeypatch, tmp_path
     assert np.abs(right[0.1] - right[2.0]).max() > 1e-3
     prepare(GaussNewton(net, train, 0.1, checkpoints=tmp_path), EKFAC())
     assert len(list(tmp_path.glob("ekfac-*.npz"))) == 2
-    # After an interruption in the second pass, the first pass is not repeated.
+    # Remove the result of the second pass, as if the run had been interrupted in this pass. Then
+    # only the second pass is made again.
     next(tmp_path.glob("ekfac-diagonals-*.npz")).unlink()
     asked, sum_over = [], Examples.sum_over
 

@@ -96,7 +96,7 @@ def test_a_convex_risk_gets_its_hessian_without_damping():
     closed = Influence(p.net, p.train)
     assert (closed.plan.curvature, closed.plan.damping) == ("Hessian", 0)
     assert type(closed.plan.solver) is CG
-    # This is the same model without closed forms. Its outputs are affine in theta.
+    # A net without closed forms of the same Keras model. Its outputs are affine in theta, too.
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     net = GenericNeuralNet(p.net.model, loss)
     ours = Influence(net, p.train, approximation="first_order")
@@ -106,9 +106,10 @@ def test_a_convex_risk_gets_its_hessian_without_damping():
 
 
 def test_redundant_directions_of_a_convex_risk_do_not_matter():
-    """Use softmax regression without a penalty.
+    """Check softmax regression without a penalty, whose Hessian H is singular.
 
-    Its risk does not change if the same vector is added to the weights of all classes.
+    The risk does not change if the same vector is added to the weights of all classes. With the
+    tiny damping that the plan chooses, the scores must be those of the pseudo-inverse of H.
     """
     x, y = rows(60, dtype="float64")
     model = sequential((4,), L.Dense(3, **F64), **F64)

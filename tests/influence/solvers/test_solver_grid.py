@@ -57,8 +57,8 @@ SOLVERS = {
 }
 # These solvers are exact. Here Lanczos and Nystrom have full rank.
 EXACT = ("Direct", "Lanczos", "Nystrom")
-# This is a tuple and not a set, because the order of tests must not depend on each worker's hash
-# seed.
+# This must not be a set. The tests of each worker process must be in the same order, and the order
+# of a set depends on the process.
 APPROXIMATE = ("Lanczos of rank 8", "Nystrom of rank 8", "EKFAC")
 REMEDIES = {"Lanczos": "Lanczos of rank 8", "Nystrom": "Nystrom of rank 8", "EKFAC": "EK-FAC is an"}
 NETWORK = "Gauss-Newton of a network, damped"
@@ -146,7 +146,7 @@ def solver_for(name, A):
 
 
 def refused(name, A):
-    """Return True if EK-FAC has no layers to use, after checking its error."""
+    """Return True if the solver needs EK-FAC and A has no layers. Then also check the error."""
     if "EKFAC" not in name or hasattr(A, "examples"):
         return False
     with pytest.raises(TypeError, match="^A must be a Hessian or GaussNewton operator for EKF"):
@@ -163,7 +163,7 @@ def test_positive_definite(name, kind, matrices):
     how, B = solver_for(name, A), np.random.default_rng(0).standard_normal((len(matrix), 3))
     ill = kind == "ill conditioned"
     if ill and isinstance(how, CG):
-        # Rounding errors times the condition number, 1e8, exceed 1e-9.
+        # The condition number is 1e8. Rounding errors times this number exceed CG's rtol, 1e-9.
         how = replace(how, rtol=1e-6)
     values = np.linalg.eigvalsh(matrix)
     with warnings.catch_warnings():
@@ -257,7 +257,8 @@ def test_the_matrix_decides_the_dtype(dtype, solver, of_b, matrices):
 
 @pytest.mark.parametrize("solver", [Lanczos(7), Nystrom(7), LiSSA(depth=40, repeats=2)], ids=repr)
 def test_the_seed_and_nothing_else_decides(solver, matrices):
-    # If the space of rank + 10 held all eigenvectors, every seed would give the same answer.
+    # A has the order 80. The solver's space has only rank + 10 = 17 dimensions, so it depends on
+    # the seed.
     A = symmetric(np.geomspace(1e-2, 1, 80))
     if isinstance(solver, LiSSA):
         A = matrices["Hessian of softmax, damped, by the tape"][0]
@@ -296,7 +297,10 @@ def test_full_rank_is_exact(kind, rank):
 
 @pytest.mark.parametrize("kind", [Lanczos, Nystrom])
 def test_low_rank_plus_damping_is_exact(kind):
-    """Use six rows and damping. For a rank above six, the floor is the damping."""
+    """Check a matrix of rank six, from six rows, plus damping, at rank 9.
+
+    Lanczos and Nystrom replace all other eigenvalues by the floor, the damping. This is exact.
+    """
     net, rng = dense_net(1, 20, "mse"), np.random.default_rng(0)
     few = Examples(rng.standard_normal((6, 20)), rng.standard_normal(6))
     A = GaussNewton(net, few, damping=0.3)
@@ -314,10 +318,11 @@ def test_low_rank_is_fixed_linear_and_positive_definite(kind, rank):
     M, solution = inverse(A, kind(rank)), solve(A, B, kind(rank))
     np.testing.assert_allclose(M, M.T, atol=1e-12 * np.abs(M).max())
     values = np.linalg.eigvalsh(M)
-    # The largest eigenvalue of A is 1. The approximation of A has no larger eigenvalue.
+    # M is the inverse of an approximation of A. The largest eigenvalue of A is 1, and that of the
+    # approximation is not larger.
     assert values[0] >= 1 - 1e-9
-    # Lanczos replaces the eigenvalues that it leaves out by a floor. The floor must not be much
-    # smaller than the largest of these eigenvalues.
+    # Lanczos replaces all eigenvalues of A but the `rank` largest by a floor. The floor must not be
+    # much smaller than the largest eigenvalue that it replaces.
     if kind is Lanczos:
         assert values[-1] <= 1 / SPECTRUM[40 - rank - 1] * 1.5
     np.testing.assert_allclose(solution.x, M @ B, rtol=1e-9, atol=1e-11)
@@ -361,15 +366,15 @@ def test_indefinite(name, kind, matrices):
         solution = solve(A, B, how)
         stopped, worst = ~solution.converged, solution.min_curvature.min()
         assert stopped.any() and (solution.residual[stopped] > 1e-3).all()
-        # The curvature is a Rayleigh quotient, so it has this bound.
+        # min_curvature is a Rayleigh quotient, so it is not below the smallest eigenvalue.
         assert smallest * (1 + 1e-9) <= worst < 0
         assert np.isfinite(solution.x).all()
         what = f"A is not positive definite: negative curvature {worst:.3g} was met"
         assert solution.remedy.startswith(what)
         assert f"a damping well above {-worst:.3g}" in solution.remedy
     elif kind == "indefinite" and name == "Nystrom of rank 8":
-        # Eight random directions of 24 may contain little of the negative direction. Nystrom may
-        # then not find it.
+        # Nystrom sketches 8 of 24 dimensions. It does not find the negative eigenvalue if its
+        # eigenvector is almost orthogonal to them. Then it only reports large residuals.
         solution = solve(A, B, how)
         assert not solution.converged.any() and (solution.residual > 0.1).all()
     elif name == "CG with Direct":
@@ -387,7 +392,9 @@ def test_indefinite(name, kind, matrices):
             solve(A, B, how)
         found = re.search(r"negative curvature of (-[0-9.e-]+[0-9])", str(info.value))
         assert found is not None
-        assert smallest * (1 + 0.01) <= float(found[1]) < 0  # the message has three digits
+        # The reported curvature is not below the smallest eigenvalue, apart from rounding to the
+        # three digits of the message.
+        assert smallest * (1 + 0.01) <= float(found[1]) < 0
         if name == "Nystrom" or (who == "Lanczos" and kind == "indefinite"):
             assert float(found[1]) < 0.7 * smallest
         advice = "no scale helps" if name == "LiSSA" else f"a damping well above {found[1][1:]}"
@@ -420,8 +427,8 @@ def test_singular_is_refused_by_low_rank_where_it_shows(kind):
         with pytest.raises(DivergenceError, match="^A must not be singular, got an eigenvalue of"):
             prepare(A, kind(rank))
         prepare(A + 1e-6 * np.eye(40), kind(rank))
-    # For a rank below that of A, the floor is an eigenvalue of A. The residual then shows the
-    # error.
+    # At rank 5, below the rank 10 of A, the solver finds no eigenvalue of 0. It replaces the zeros
+    # by a positive floor, and only the residual shows the error.
     assert solve(A, np.ones(40), kind(5)).residual[0] > 0.1
     with pytest.raises(DivergenceError, match="^A must not be singular"):
         prepare(np.zeros((40, 40)), kind(5))

@@ -19,7 +19,7 @@ from tests.influence import recorded
 from tests.influence.problems import dense_net, logistic, symmetric, tanh_net, through_keras
 from tests.influence.solvers.matrices import counting
 
-# The package exports the function of the same name.
+# `influence.solvers.spectrum` is the function that the package exports, not the module.
 MODULE = sys.modules["influence.solvers.spectrum"]
 
 D = 150
@@ -44,11 +44,11 @@ def test_both_ends(path):
 
 
 def test_residuals_are_true_ones(path):
-    """Check the residuals of inaccurate eigenvalues, after few products."""
+    """Check the residuals of eigenvalues that few products have found only inaccurately."""
     A = symmetric(np.linspace(-1, 1, 600))
     found = spectrum(A, max_products=1, rtol=1e-10)
     assert found.smallest[0] >= -1 - 1e-12 and found.largest[0] <= 1 + 1e-12
-    # The residual bounds the distance to the nearest eigenvalue.
+    # Some eigenvalue of A is not further from the found value than the residual.
     values = np.linspace(-1, 1, 600)
     for value, residual in (
         (found.smallest[0], found.smallest_residuals[0]),
@@ -71,7 +71,10 @@ def test_what_did_not_converge_says_so(monkeypatch):
 
 
 def test_an_eigenvalue_of_zero_is_found_in_few_products(monkeypatch):
-    """Check the eigenvalue 0, for which a tolerance relative to itself cannot be met."""
+    """Check a smallest eigenvalue of 0. Its tolerance is relative to the largest eigenvalue.
+
+    An error relative to the value 0 itself could never be small enough.
+    """
     monkeypatch.setattr(MODULE, "_FEW", 8)
     monkeypatch.setattr(MODULE, "_LARGEST_BASIS", 40)
     found = spectrum(symmetric(np.linspace(0, 1, 300)))
@@ -150,7 +153,8 @@ def test_the_damping_suggested_makes_it_definite_and_less_does_not(path, margin)
     values = np.linalg.eigvalsh(A + damping * np.eye(D))
     assert values[0] > 0 and values[-1] / values[0] <= 1 / margin * (1 + 1e-6)
     exact = (margin * 4 + 0.3) / (1 - margin)
-    # The suggestion exceeds the exact value by at most the residuals.
+    # The suggestion is on the safe side: it exceeds the exact value by the error of the
+    # eigenvalues, which is at most 5e-6 of the largest one, 4.
     assert exact * (1 - 1e-12) <= damping < exact + 5e-6 * 4
     assert solve(A + damping * np.eye(D), np.ones(D), CG(max_iterations=5000)).converged.all()
     below = A + (0.3 - 1e-3) * np.eye(D)
@@ -194,13 +198,14 @@ def test_damping_is_added_to_what_there_is():
 
 
 def test_what_the_model_knows_counts():
-    """Check a matrix of rank 3, for which the model's bound is better than the eigenvalue found."""
+    """Check a Gauss-Newton matrix of rank 3, whose smallest eigenvalue is 0."""
     rng = np.random.default_rng(0)
     few = Examples(rng.standard_normal((3, 20)), rng.standard_normal(3))
     net = dense_net(1, 20, "mse")
     assert GaussNewton(net, few).smallest_eigenvalue_bound == 0.0
     largest = np.linalg.eigvalsh(GaussNewton(net, few).dense())[-1]
-    # The model's bound, 0, is better than a computed eigenvalue that rounding makes negative.
+    # The suggestion takes the bound that the model knows, 0. The computed eigenvalue may be
+    # negative by rounding.
     assert suggest_damping(GaussNewton(net, few), margin=1e-3) == pytest.approx(
         1e-3 * largest / (1 - 1e-3), rel=1e-9
     )

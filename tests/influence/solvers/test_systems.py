@@ -74,7 +74,7 @@ BLOCKS = {
 
 
 def _solved(A, B, solver):
-    """Return the solution, or None if the solver reports that there is none."""
+    """Return the solution, or None if the solver raises a DivergenceError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -84,7 +84,10 @@ def _solved(A, B, solver):
 
 
 def _check(A, B, solution, rtol):
-    """Check in long double that converged columns have the required residual."""
+    """Check that all converged columns have residuals of at most rtol, apart from rounding.
+
+    The residuals are computed in long double.
+    """
     exact = np.longdouble
     R = B.astype(exact) - A.astype(exact) @ solution.x.astype(exact)
     scale = np.abs(B).max(axis=0)
@@ -163,7 +166,10 @@ class Products(LinearOperator):
 @pytest.mark.parametrize("held", [np.asarray, Products], ids=["array", "operator"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_answer_scales_with_b_and_with_the_inverse_of_a(name, held, dtype, exponents):
-    """Check that the answer scales exactly with b by powers of two, and with A up to rounding."""
+    """Multiply b and A by powers of two.
+
+    With b, the answer must scale exactly. With A, it must scale inversely, up to rounding.
+    """
     rng = np.random.default_rng(1)
     A = _of(rng, rng.uniform(1, 10, 24)).astype(dtype)
     B = rng.standard_normal((24, 2)).astype(dtype)
@@ -176,7 +182,7 @@ def test_the_answer_scales_with_b_and_with_the_inverse_of_a(name, held, dtype, e
             np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
         for a, b in ((exponent, 0), (exponent, exponent // 2)):
             found = solve(held(np.ldexp(A, a)), np.ldexp(B, b), solver)
-            # Rounding is relative to the largest entry of x, because A mixes all entries.
+            # A combines all entries of x, so each entry may have the rounding error of the largest.
             gap = np.abs(np.ldexp(found.x, a - b) - expected.x).max(axis=0)
             assert (gap <= 50 * eps * np.abs(expected.x).max(axis=0)).all()
             np.testing.assert_allclose(found.residual, expected.residual, rtol=1e-3, atol=20 * eps)
@@ -193,7 +199,10 @@ def test_the_answer_scales_with_b_and_with_the_inverse_of_a(name, held, dtype, e
 @pytest.mark.parametrize("exponent", [-460, 460])
 @pytest.mark.parametrize("name", [*SOLVERS, "EKFAC"])
 def test_inputs_of_any_size_give_the_same_answer(name, exponent):
-    """Use inputs s x, weights theta / s and s^2 times the penalty. This multiplies A by s^2."""
+    """Use inputs s x, weights theta / s and s^2 times the penalty, with s a power of two.
+
+    The outputs stay the same, and A is multiplied by s^2. So the solutions, times s^2, must agree.
+    """
     solver, b = SOLVERS.get(name, EKFAC(rtol=0.1)), np.linspace(1, 2, 15)
     x, y = np.random.default_rng(0).standard_normal((12, 5)), np.arange(12) % 3
     found = []

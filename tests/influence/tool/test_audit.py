@@ -36,11 +36,11 @@ def test_the_order_is_that_of_margins_without_the_row(problem, found):
         z = risk.features[row] @ risk.without([row]).minimum(start).reshape(5, 3)
         exact[row] = z[y[row]] - np.delete(z, y[row]).max()
     assert found.choice.ranking == "margin"
-    # The margins come from one Newton step without the row, not from a refit. The step moves row 7,
-    # which has the wrong label, by 8 % too little.
+    # `exact` has margins after refits without the row. The audit takes one Newton step instead. For
+    # row 7, which has the wrong label, this step is 8 % too short.
     np.testing.assert_allclose(found.values["margin"], exact, rtol=0.1, atol=0.05)
     np.testing.assert_array_equal(found.order, np.argsort(found.values["margin"], kind="stable"))
-    # This model is small, so audit computes self-influence although nobody asked for it.
+    # Self-influence was not asked for. The audit computes it anyway for such a small model.
     assert found.self_influence is not None
 
 
@@ -101,7 +101,7 @@ def test_memorised_features_raise_the_alert(memory):
     (alert,) = [a for a in found.alerts if "has memorised" in a.headline]
     assert "--history" in alert.remedy and "--folds 5" in alert.remedy
     assert found.choice.ranking == "margin"
-    # The audit also notices this without held-out rows.
+    # Without held-out rows, the audit can only suspect that the model has memorised its labels.
     alone = audit(memory.model, memory.train, options=NO_CHECK)
     assert any("may have memorised" in a.headline for a in alone.alerts)
 
@@ -153,7 +153,11 @@ def test_a_history_of_another_model_is_said(tmp_path, question):
 
 
 def test_residuals_of_the_history_do_not_doubt_every_label(tmp_path):
-    """Use squared errors of labels 0 and 1. Each margin is minus a residual, so it is negative."""
+    """Check a model of labels 0 and 1 with the squared error, whose history has residuals.
+
+    The ranking's values are minus their sizes, so all are negative. The audit must not take this
+    for wrong labels in every row.
+    """
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 3)).astype(np.float32)

@@ -202,7 +202,7 @@ def test_a_loss_can_be_given_as_a_function(ask, place):
         "def loss(y, z):\n    return l.call(y, z)\n"
     )
     status, out, _ = ask("check", "raw.keras", "d.npz", "--loss", "losses.py:loss", "--json")
-    # The status is 1, because random weights fail the check.
+    # The model has random weights, so the check fails, and the status is 1.
     assert status == 1 and json.loads(out)["rows"]
 
 
@@ -232,7 +232,7 @@ def test_an_unfinished_run_is_continued(ask, tmp_path, monkeypatch):
 
     with monkeypatch.context() as context:
         context.setattr(proximal, "_proximal_block", stop)
-        assert ask(*words)[0] == 0  # an error would show that a refit is computed again
+        assert ask(*words)[0] == 0  # computing a refit again would call `stop` and fail
     assert not (tmp_path / "out/checkpoints").exists()
 
 

@@ -19,7 +19,8 @@ def test_the_gain_of_edits_is_that_of_an_exact_refit(problem):
     before = problem.measured.losses(problem.theta).mean()
     after = problem.measured.losses(edited.minimum(problem.theta)).mean()
     assert found.actual_gain == pytest.approx(before - after, rel=1e-3)
-    # First order is the influence of removing the old rows, minus that of removing the new row.
+    # The first-order prediction of an edit is the influence of removing the old row, minus that of
+    # removing the row with the new label. For row 12 there is no new row.
     moves = risk.predicted_parameters(problem.theta, [7, 12])
     relabelled = risk.on(risk.features[[7]], np.array([new]))
     pull = np.linalg.solve(risk.hessian(problem.theta),

@@ -58,7 +58,7 @@ def test_each_test_row_has_its_prediction_and_loss(problem, explanation):
 
 
 def test_without_rows_the_most_confident_mistakes_come_first(problem):
-    # All test labels are wrong, so the model is mistaken in every test row.
+    # All given test labels are wrong, so that the model makes many confident mistakes.
     x, y = problem.test
     wrong = (y + 1) % 3
     found = explain(problem.model, problem.train, (x, wrong), wrong=4, options=NO_CHECK)
@@ -85,8 +85,8 @@ def test_without_test_rows_training_rows_are_explained(problem):
     found = explain(problem.model, problem.train, rows=[7], options=NO_CHECK)
     assert found.subject.test_rows is None
     assert [alert.level for alert in found.alerts] == ["note"]
-    # The label of row 7 is wrong, and no other row supports it. Row 7 therefore helps its own loss
-    # most.
+    # The label of row 7 is wrong, and no other row supports it. So it is row 7 itself that most
+    # lowers the loss of row 7.
     assert found.helpful[0][0] == 7
 
 

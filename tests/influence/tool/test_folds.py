@@ -47,7 +47,8 @@ def test_every_row_is_judged_by_an_exact_fit_without_its_fold(problem):
             exact[row] = z[y[row]] - np.delete(z, y[row]).max()
     np.testing.assert_allclose(found.values["folds"], exact, rtol=1e-3, atol=1e-4)
     assert found.order[0] == 7 and found.suggested[7] == problem.true[7]
-    # A fold's training does not start from the trained weights. It also leaves them unchanged.
+    # The training of a fold starts from new weights, w. It leaves the weights of the model
+    # unchanged.
     assert all(np.abs(w[0] - model.get_weights()[0]).max() > 0.01 for _, w in CALLS)
     np.testing.assert_allclose(model.get_weights()[1], problem.theta[12:], rtol=1e-6)
 
@@ -65,7 +66,8 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_fold(problem, tmp_pa
         audit(problem.model, problem.train, fit=breaks, **how)
     assert len(list(tmp_path.glob("fold-*.npz"))) == 2
     first = audit(problem.model, problem.train, fit=refit, **how)
-    # The finished folds are used, although another function of this module computed them.
+    # Two folds were finished, so this run trained only the third. It uses the two although they
+    # were trained by `breaks` and not by `refit`.
     assert len(CALLS) == 3
     whole = audit(problem.model, problem.train, folds=3, fit=refit)
     np.testing.assert_allclose(first.values["folds"], whole.values["folds"], rtol=1e-5)
@@ -135,7 +137,10 @@ def test_frozen_layers_keep_their_weights_in_every_fold():
 
 
 def test_a_fold_without_a_class_is_judged_like_the_others():
-    """Use a class of only three rows, which cannot be in all five folds."""
+    """Check five folds with a class of only three rows.
+
+    Two folds have no row of this class. Their margins must be computed like those of the others.
+    """
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1, "sigmoid")])
     model.compile("sgd", "binary_crossentropy")
     x = np.random.default_rng(0).standard_normal((30, 2)).astype(np.float32)

@@ -57,8 +57,8 @@ def test_margins_are_those_of_exact_refits_without_the_row(digits, found):
     for row in range(0, 150, 10):
         z = refitted(x, y, found.weight_decay, 4, row)
         exact = z[y[row]] - np.delete(z, y[row]).max()
-        # The margins come from one Newton step without the row, not from a refit. Rows with a large
-        # leverage and a wrong label move a little too far or too little.
+        # `exact` is after a refit. The library takes one Newton step instead. For rows with a large
+        # leverage and a wrong label, this step is a little too long or too short.
         assert found.margins[row] == pytest.approx(exact, abs=0.02 + 0.08 * abs(exact))
 
 
@@ -126,7 +126,7 @@ def test_residuals_of_numbers_are_exact():
         w = np.linalg.solve(A.T @ A / 39 + found.weight_decay * np.eye(4), A.T @ b / 39)
         exact = y[row] - (y.mean() + y.std() * (one[row] @ w))
         assert found.residuals[row] == pytest.approx(exact, rel=1e-8)
-    # The outputs of held-out rows come from the refit with all rows.
+    # The outputs of held-out rows come from a fit to all 40 rows.
     w = np.linalg.solve(one.T @ one / 40 + found.weight_decay * np.eye(4), one.T @ scaled / 40)
     left = y[:5] - (y.mean() + y.std() * (one[:5] @ w))
     np.testing.assert_allclose(found.held_out, left**2 / 2, rtol=1e-8)
@@ -169,7 +169,8 @@ def test_weights_of_classes_count_as_repeated_rows(digits, num_classes):
     one = oracles.with_ones((x - x[rows].mean(axis=0)) / x[rows].std(axis=0))
     for row in range(0, 150, 25):
         others = rows[rows != row]
-        # Without the row, the penalty is multiplied by 149 / 150, whatever the row's weight.
+        # Without the row, the library multiplies the penalty by 149 / 150, whatever the row's
+        # weight. The other factors give the same sum for the repeated rows.
         decay = found.weight_decay * 149 / 150 * len(rows) / len(others)
         make = oracles.softmax_regression if num_classes > 2 else oracles.logistic_regression
         more = (num_classes,) if num_classes > 2 else ()
@@ -178,7 +179,7 @@ def test_weights_of_classes_count_as_repeated_rows(digits, num_classes):
         z = one[row] @ theta.reshape(11, width)
         z = z if width > 1 else np.array([0.0, z[0]])
         exact = z[y[row]] - np.delete(z, y[row]).max()
-        # The margins come from one Newton step, as above.
+        # The library takes one Newton step instead of a refit, so allow the same error as above.
         assert found.margins[row] == pytest.approx(exact, abs=0.02 + 0.08 * abs(exact))
     same = last_layer(x, y, num_classes, weights=np.full(150, 0.01))
     plain = last_layer(x, y, num_classes)

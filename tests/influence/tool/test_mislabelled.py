@@ -50,8 +50,8 @@ def test_the_alert_compares_leave_one_out_with_held_out_losses():
     low, high = np.full(100, 0.1), np.full(400, 0.21)
     assert "has memorised" in of_memory(last(low, high), 0.5).headline
     assert of_memory(last(low, np.full(400, 0.19)), 1.0) is None
-    # Here the mean is twice as large, but the difference is less than two standard errors: two rows
-    # have loss 42 and all others 0.
+    # Two held-out rows have the loss 42, and all others 0. The mean, 0.21, is more than twice the
+    # leave-one-out loss, 0.1. But the difference is less than two standard errors: no alert.
     noisy = np.zeros(400)
     noisy[:2] = 42.0
     assert noisy.mean() > 0.2 and noisy.mean() - 2 * noisy.std() / 20 < 0.1

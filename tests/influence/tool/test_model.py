@@ -47,7 +47,8 @@ def test_frozen_layers_run_once_and_the_scores_stay_the_same(tmp_path, monkeypat
 
     net = GenericNeuralNet(model)
     plain = explain(net, (x, y), (x[:4], y[:4]), rows=[1, 3], options=QuestionOptions(check=False))
-    # The dampings of the two plans are almost equal, because theta and rows are equal.
+    # `cut` works on the trunk's features, and `plain` on the images. Each chooses its own damping.
+    # The two dampings are almost equal, so the scores are, too.
     np.testing.assert_allclose(np.asarray(cut.scores), np.asarray(plain.scores), rtol=2e-3,
                                atol=1e-6)  # fmt: skip
     assert len(list(tmp_path.glob("features-*.npz"))) == 4
@@ -62,7 +63,7 @@ def test_frozen_layers_run_once_and_the_scores_stay_the_same(tmp_path, monkeypat
     )
     assert again.train.fingerprint == cut.subject.train.fingerprint
     (given,) = parts_of(inputs_of(again.train).x).values()
-    np.testing.assert_array_equal(given, x)  # the original inputs are available too
+    np.testing.assert_array_equal(given, x)  # the images are still available, besides the features
 
 
 def test_a_model_with_dropout_has_the_same_key_each_time_it_is_loaded(tmp_path):

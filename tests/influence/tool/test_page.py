@@ -93,14 +93,16 @@ def test_cells_that_differ_and_words_that_are_shared_are_marked():
     x = np.array([[0.0, 1.0, 5.0], [0.1, -1.0, 5.0], [0.05, 0.0, 5.0], [0.0, 4.0, 5.0]])
     table = rows_of(x, columns=("a", "b", "c"))
     found = item(table, 0, 64, (table, 1))["cells"]
-    # The rows differ by 2.4 standard deviations in column a, by 1.07 in b, and not at all in c.
+    # Rows 0 and 1 differ by 2.4 standard deviations in column a, by 1.07 in b, and by 0 in c. So a
+    # and b are marked as different.
     assert found == [("a", "0", True), ("b", "1", True), ("c", "5", False)]
     assert [c[2] for c in item(table, 0, 64, (table, 2))["cells"]] == [True, True, False]
     assert [c[2] for c in item(table, 0, 64)["cells"]] == [False, False, False]
     texts = np.array([["red apple the pie"], ["Apple and red wine"], ["blue sky the"]], object)
     words = rows_of(texts)
     parts = item(words, 0, 64, (words, 1))["parts"]
-    assert [text for text, shared in parts if shared] == []  # "red" and "apple" occur in most texts
+    # The two texts share "red" and "apple". But these words occur in most texts, so none is marked.
+    assert [text for text, shared in parts if shared] == []
     many = rows_of(np.concatenate([texts, [[f"word{k}"] for k in range(20)]]).astype(object))
     parts = item(many, 0, 64, (many, 1))["parts"]
     assert [text for text, shared in parts if shared] == ["red", "apple"]
@@ -123,7 +125,8 @@ def test_the_chart_has_the_points_where_they_belong():
     scale = (drawing["diagonal"][3] - drawing["diagonal"][1]) / (
         drawing["diagonal"][2] - drawing["diagonal"][0]
     )
-    # The point (1, 2) is twice as far up as to the right, in the scale of the diagonal y = x.
+    # From the first point to the second, y rises twice as much as x. `scale` is the slope of the
+    # line y = x on the screen.
     assert (by - ay) / (bx - ax) == pytest.approx(2 * scale, rel=1e-3)
     assert [float(text) for _, text in drawing["x_ticks"]] == [0.0, 0.5, 1.0, 1.5, 2.0]
     one = scatter([Point(0.0, 0.0, "a", "a")], "x", "y")

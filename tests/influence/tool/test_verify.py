@@ -42,7 +42,8 @@ def test_the_agreement_is_that_of_numpy(found):
 
 
 def test_away_from_a_minimum_the_actual_changes_are_proximal_responses(problem):
-    # SciPy minimises F_i = R - R'(theta_s) theta - L_i / n here, from its closed form.
+    # The proximal response minimises F_i = R - R'(theta_s) theta - L_i / n, where theta_s are the
+    # present weights. SciPy minimises its closed form.
     start = (1.5 * problem.theta).astype(np.float32).astype(float)
     risk, n = problem.risk, 45
     found = verify(softmax_model(start), problem.train, problem.test, remove=4, rows=[2])
@@ -173,7 +174,7 @@ def test_wrong_arguments_are_named(problem):
 
 
 def test_with_a_history_the_actual_changes_are_those_of_its_training(tmp_path):
-    # Each batch has all rows, so their order has no effect.
+    # Each batch of the recorded training has all rows, so their order has no effect on it.
     model = recorded.train(tmp_path, epochs=3)
     x, y = recorded.rows()
     test = recorded.rows(9, seed=1)

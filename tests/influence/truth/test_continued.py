@@ -15,7 +15,10 @@ STEPS, RATE = 7, 0.01
 
 
 def by_hand(p, theta, moments, removed, batch_size, seed):
-    """Return theta after Adam (Kingma & Ba 2015) on the same minibatches without the row."""
+    """Return theta after STEPS of Adam (Kingma & Ba 2015), with `removed` left out of minibatches.
+
+    The minibatches are those of `batch_rows`. `removed` = None leaves nothing out.
+    """
     m, v = moments.first.copy(), moments.second.copy()
     rows = batch_rows(len(p.train), batch_size, seed, 0)
     for t in range(moments.steps + 1, moments.steps + STEPS + 1):
@@ -47,7 +50,8 @@ def trained():
 def test_is_adam_without_the_row_less_adam_with_it(trained, batch_size, rows):
     p, moments = trained
     theta = p.net.theta
-    if batch_size == 7:  # row 33 ends one pass and begins the next, so a batch has it twice
+    # The order ends one pass with row 33 and begins the next with it, so a batch of 7 has it twice.
+    if batch_size == 7:
         straddling = list(islice(batch_rows(40, 7, 0, 0), STEPS))[5]
         assert np.count_nonzero(straddling == 33) == 2
     found = train_on(p, rows, moments, batch_size=batch_size)

@@ -38,7 +38,10 @@ def groups_out(p, groups, **options):
 
 
 def groups_of(p):
-    """Return groups of 1 to 50 % of the rows. Rows are random or similar, and groups overlap."""
+    """Return groups of rows, from one row to half of them. Groups overlap.
+
+    The first half of the groups has random rows. The other half has rows of similar features.
+    """
     rng, order = np.random.default_rng(0), np.argsort(p.train.x[:, 0])
     sizes = [max(int(share * len(p.train)), 1) for share in SHARES]
     random = [rng.choice(len(p.train), size, replace=False) for size in sizes]
@@ -46,7 +49,10 @@ def groups_of(p):
 
 
 def changes(p, groups):
-    """Return the changes of the test losses (m, k), by minimising from scratch to 1e-12."""
+    """Return the changes of the test losses (m, k) after refits by the oracle.
+
+    A refit ends at a gradient norm below 1e-12.
+    """
     before = p.measured.losses(p.theta)
     after = [p.measured.losses(p.oracle.without(g).minimum(p.theta)) for g in groups]
     return np.stack([a - before for a in after], axis=1)
@@ -59,7 +65,10 @@ def actual(softmax):
 
 @pytest.fixture(scope="module")
 def taped_ridge():
-    """Return a linear problem without closed forms, declared as convex. The bias has no penalty."""
+    """Return ridge regression in a net without closed forms, which is declared as convex.
+
+    Its bias has no penalty.
+    """
     problem = ridge()
     problem.net.convex = True
     return problem
@@ -84,8 +93,8 @@ def test_newton_is_the_independent_refit(kind, weight_decay):
     got = groups_out(p, groups, tolerance=1e-12)
     expected = changes(p, groups)
     assert got.converged.all() and (got.gradient_norm <= 1e-12).all()
-    # The error is small: |theta - minimum| <= 1e-12 / weight_decay, and test gradients have norms
-    # of about 1.
+    # A refit stops at a gradient norm of 1e-12, so |theta - minimum| <= 1e-12 / weight_decay. The
+    # gradients of test losses have norms of about 1, so the changes have errors of this size, too.
     assert np.abs(got[:] - expected).max() < 1e-8 and np.abs(expected).max() > 0.02
     for column, group in zip(got.rows, groups, strict=True):
         np.testing.assert_array_equal(column, group)
@@ -93,7 +102,8 @@ def test_newton_is_the_independent_refit(kind, weight_decay):
 
 def test_leave_one_out_is_leave_group_out_of_single_rows(softmax, actual):
     one = rows_out(softmax, tolerance=1e-12)
-    # The error is small: |theta - minimum| <= 1e-12 / 0.05. The changes are about 1e-3.
+    # As above, |theta - minimum| <= 1e-12 / 0.05. The changes are about 1e-3, so their relative
+    # errors are small, too.
     assert relative_error(one.change_if_removed, actual) < 1e-8
     assert isinstance(one, Refits) and one.rows.tolist() == ROWS and one.names == ()
     assert one.shape == (7, 5) and one.converged.all()
@@ -133,7 +143,11 @@ def test_by_the_tape_as_in_closed_form(softmax):
 
 
 def test_ridge_in_closed_form(taped_ridge):
-    """Check a quadratic risk. With the group's exact curvature, two passes would be enough."""
+    """Check a quadratic risk, for which Newton's method is exact.
+
+    Two passes would be enough if the curvature without the group were known exactly. It is
+    approximated, so small groups may take four.
+    """
     groups = [np.arange(20), np.array([39, 1]), np.array([11])]
     got = groups_out(taped_ridge, groups, tolerance=1e-10)
     assert relative_error(got[:], changes(taped_ridge, groups)) < 1e-8
@@ -153,7 +167,7 @@ def test_newton_takes_dicts(taped_ridge):
 
 
 def with_leverage(kind, num_rows, factor, **options):
-    """Return a problem at its minimum, in which the inputs of row 5 are multiplied by a factor."""
+    """Return a problem in which the inputs of row 5 are multiplied by `factor`, at its minimum."""
     p = logistic(kind, num_rows, **options)
     x = p.train.x.copy()
     x[5] *= factor
@@ -163,7 +177,10 @@ def with_leverage(kind, num_rows, factor, **options):
 
 
 def test_a_row_of_great_leverage_is_refitted_too():
-    """Check a row that changes the Hessian so much that the full-data factor is inaccurate."""
+    """Check the removal of a row that has a large part in the Hessian.
+
+    The factored Hessian of all rows, by which refits take their steps, is then inaccurate.
+    """
     p = with_leverage("sigmoid", 40, 30)
     refits = rows_out(p, [5, 6], tolerance=1e-11)
     assert refits.converged.all()
@@ -171,13 +188,16 @@ def test_a_row_of_great_leverage_is_refitted_too():
 
 
 def test_refits_far_from_the_full_datas_curvature_arrive():
-    """Check data with an outlier that dominates the full-data Hessian, a bad start for refits."""
+    """Check the removal of row 6 where row 5, an outlier, dominates the Hessian of all rows.
+
+    This Hessian is a bad approximation at the refit's end. The refit must still converge.
+    """
     p = with_leverage("sigmoid", 10, 100, weight_decay=1e-3)
     refits = rows_out(p, [6], max_passes=200)
     assert refits.converged.all() and refits.passes[0] < 60
     expected = changes(p, [[6]])
-    # The error is at most 1e-8 / 1e-3 times gradients of about 1. Here 1e-3 bounds the smallest
-    # eigenvalue.
+    # A refit stops at a gradient norm of 1e-8. The smallest eigenvalue is at least the weight
+    # decay, 1e-3. So theta has an error of at most 1e-8 / 1e-3, and test gradients are about 1.
     assert np.abs(refits[:] - expected).max() < 1e-4 and np.abs(expected).max() > 0.1
 
 
@@ -211,7 +231,10 @@ def agreement(predicted, actual):
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 def test_one_step_in_closed_form_predicts_refits_of_rows_with_leverage(kind):
-    """Compare with first order, which ignores a row's curvature and has a much larger error."""
+    """Compare one Newton step with exact refits, for data with a row of large leverage.
+
+    First order ignores the curvature of the removed row, so its error is much larger.
+    """
     p = with_leverage(kind, 40, 8)
     rows = np.arange(40)
     actual = rows_out(p, rows, tolerance=1e-12)
@@ -236,7 +259,7 @@ def test_blocks_batches_and_solvers_change_nothing(name, value, softmax):
     groups = groups_of(softmax)
     expected = groups_out(softmax, groups, tolerance=1e-12)
     got = groups_out(softmax, groups, tolerance=1e-12, **{name: value})
-    # Both results are within 1e-12 / 0.05 of the minimum.
+    # In both calls theta is within 1e-12 / 0.05 = 2e-11 of the minimum.
     assert np.abs(got[:] - expected[:]).max() < 1e-10
 
 
@@ -277,8 +300,8 @@ def test_fit_warm_and_cold_are_newton(softmax):
     expected = changes(softmax, groups)
     for start in (None, zero):
         refits = groups_out(softmax, groups, method="fit", start=start, tolerance=1e-10)
-        # The error of theta is at most 1e-10 / 0.05 = 2e-9. Here 0.05 bounds the smallest
-        # eigenvalue.
+        # The smallest eigenvalue is at least 0.05. The error of theta is then at most the tolerance
+        # over this number, 1e-10 / 0.05 = 2e-9.
         assert refits.converged.all() and (refits.passes == 1).all()
         assert np.abs(refits[:] - expected).max() < 1e-8
         assert (0 < refits.gradient_norm).all() and (refits.gradient_norm <= 1e-10).all()
@@ -302,7 +325,11 @@ def test_the_tolerance_is_that_of_the_own_fit_and_one_warning_names_all_misses(t
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_without_a_tolerance_the_own_fit_stops_relative_to_the_removal(dtype):
-    """Compare with ridge regression in closed form, to 1e-7 of the change in float64."""
+    """Compare with ridge regression in closed form, where the own fit gets no tolerance.
+
+    The fit must stop at a gradient so small, compared to that of the removed row, that changes have
+    a relative error of 1e-7 in float64.
+    """
     p = ridge(60, l2=1e-3, dtype=dtype)
     expected = changes(ridge(60, l2=1e-3), [[row] for row in ROWS])
     got = rows_out(p, ROWS, method="fit")
@@ -315,8 +342,9 @@ def test_without_a_tolerance_the_own_fit_stops_relative_to_the_removal(dtype):
 
 
 def test_training_on_from_no_minimum_is_warned_of():
-    # With more hidden units, the penalty would set some to zero. The minimum would then be flat in
-    # some directions, and rounding would prevent a gradient below the tolerance.
+    # With more than two hidden units, the penalty would make some useless at the minimum. The risk
+    # would then be flat in some directions, and rounding would keep the gradient above the
+    # tolerance.
     net, examples = tanh_net(hidden=2, l2=0.05)
     with pytest.warns(ConvergenceWarning, match="^net is at a gradient norm of .* go on with the"):
         away = leave_one_out(net, examples, examples, [0, 6])
@@ -324,7 +352,8 @@ def test_training_on_from_no_minimum_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         there = leave_one_out(net, examples, examples, [0, 6])
-    # All columns of `away` contain the same drift. It is larger than the changes at the minimum.
+    # Away from the minimum, a refit also continues the training. This drift is in every column of
+    # `away`, and is larger than the changes at the minimum.
     assert np.abs(away[:].mean(axis=1)).max() > 2 * np.abs(there[:]).max()
 
 
@@ -399,7 +428,7 @@ def test_newton_never_moves_the_model(softmax, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(softmax.net), "theta", property(lambda net: net._theta_now))
         softmax.net._theta_now = np.concatenate([v.ravel() for v in before])
-        rows_out(softmax)  # this property has no setter, so setting theta would fail
+        rows_out(softmax)  # the patched `theta` has no setter, so moving the net would fail
     for after, weight in zip(variables, before, strict=True):
         np.testing.assert_array_equal(after.numpy(), weight)
 

@@ -22,7 +22,8 @@ from influence.truth.runs import Task
 from tests.influence.problems import logistic, relative_error, ridge, tanh_net, untraced
 
 CURVATURE = {"bregman": GaussNewton, "leave_one_out": Hessian}
-# At this theta the Hessian has the smallest eigenvalue -1.6, and the Gauss-Newton matrix has 0.
+# The damping for each objective. At theta of the fixture `tanh`, the smallest eigenvalue of the
+# Hessian is -1.6, and that of the Gauss-Newton matrix is 0.
 DAMPING = {"bregman": 0.5, "leave_one_out": 2.0}
 ROWS = [0, 6, 13]
 OBJECTIVES = sorted(CURVATURE)
@@ -51,7 +52,7 @@ def of_tanh(theta, examples):
 
 
 def objective_of(kind, net, examples, row, damping, fraction=1.0):
-    """Return F_i as a function of theta, written from its definition."""
+    """Return the objective F_i for the removed `row`, as a function of theta, by its definition."""
     y, theta_s = examples.y, net.theta
     s, penalty_s = of_tanh(theta_s, examples)
     eye = np.eye(len(theta_s)) * 1e-5
@@ -113,7 +114,8 @@ def test_it_is_the_minimum_of_the_objective_as_defined(objective, fraction, tanh
         value = objective_of(objective, net, examples, row, DAMPING[objective], fraction)
         found = scipy.optimize.minimize(value, net.theta, options={"gtol": 1e-7}).x
         theta = taken[0][:, j]
-        # F_i has a rounding error of 1e-16. So its values determine the minimum only to about 1e-7.
+        # SciPy sees only values of F_i, which have rounding errors of about 1e-16. They determine
+        # the minimum only to about 1e-7.
         assert (
             np.abs(found - theta).max() < 1e-5 and np.abs(theta - net.theta).max() > 1e-3 * fraction
         )
@@ -125,7 +127,11 @@ def test_it_is_the_minimum_of_the_objective_as_defined(objective, fraction, tanh
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_certificate_is_true(objective, tanh, monkeypatch):
-    """Compare gradient norms with differences of F_i at the theta of the reported losses."""
+    """Compare the reported gradient norms with differences of F_i.
+
+    The differences are at the theta for which the losses are reported. A norm is relative to that
+    at the start.
+    """
     net, examples = tanh
     taken = thetas_of(monkeypatch)
     with pytest.warns(ConvergenceWarning):
@@ -145,7 +151,10 @@ def test_the_certificate_is_true(objective, tanh, monkeypatch):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("model", ["softmax", "ridge"])
 def test_at_a_minimum_without_damping_it_is_the_exact_refit(objective, model, linear):
-    """Check models linear in theta, for which both objectives give the exact refit."""
+    """Check models linear in theta at a minimum, without damping.
+
+    Both objectives are then the risk without the row, so the response is the exact refit.
+    """
     p = logistic("softmax", 40) if model == "softmax" else linear
     rows = [3, 11, 0]
     options = ProximalOptions(tolerance=1e-9)
@@ -163,7 +172,11 @@ def first_order(net, train, objective):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_its_linearisation_is_damped_influence(objective, tanh):
-    """Copy the rows. With n copies, a row's weight and the error of linearisation fall as 1/n."""
+    """Copy all rows 100 and 1,000 times, and remove a single copy.
+
+    The weight of a row falls tenfold. So must the relative error of damped influence, which is the
+    linearisation of the response.
+    """
     net, examples = tanh
     errors = []
     for copies in (100, 1000):
@@ -195,7 +208,8 @@ def test_a_row_without_gradient_stays():
     # The net has no penalty, so a row that is fitted exactly has the gradient 0.
     net, examples = tanh_net()
     theta, y = net.theta, examples.y.copy()
-    theta[16:] = y[4] = 0  # so the output is zero for every input
+    # Set the last layer to zero. The output is then 0 for every input, which is the label of row 4.
+    theta[16:] = y[4] = 0
     net.theta, fitted = theta, Examples(examples.x, y)
     got = proximal_response(net, fitted, fitted, [4, 5], damping=0.5)
     np.testing.assert_array_equal(got[:, 0], 0)
@@ -271,7 +285,8 @@ def test_rough_gradients_go_most_of_the_way(objective, tanh, monkeypatch):
     got = respond(tanh, objective, tolerance=1e-9, rough=SINGLE, rough_tolerance=1e-3)
     assert got.converged.all() and relative_error(got[:], exact[:]) < 1e-7
     assert asked["float32"] > 0 and 0 < asked["float64"] < 0.8 * exact.iterations.sum()
-    # The change to exact gradients costs one more gradient of each precision per row.
+    # Besides its iterations, each row needs one more gradient in float32 and one more in float64,
+    # because the search changes from the first to the second.
     assert sum(asked.values()) == got.iterations.sum() + 2 * len(ROWS)
     # Worker processes have their own nets and must find the same result.
     options = {"rough": SINGLE, "rough_tolerance": 1e-3, "num_processes": 2, "block": 2}
@@ -280,7 +295,11 @@ def test_rough_gradients_go_most_of_the_way(objective, tanh, monkeypatch):
 
 
 def test_float32_is_not_believed(tanh, monkeypatch):
-    """Compare two searches by float32 steps. In one, float32 gradients are far too small."""
+    """Compare two searches by float32 gradients. In the second, they are a billion times too small.
+
+    The second search must take the same step. It must also report the same gradient norm, because
+    that is computed in float64.
+    """
     taken, given = thetas_of(monkeypatch), proximal._gradients
 
     def flattered(task, net, *more):
@@ -301,7 +320,11 @@ def test_float32_is_not_believed(tanh, monkeypatch):
 def test_the_rows_own_curvature_is_known_but_the_first_step_is_no_longer_for_it(
     linear, monkeypatch
 ):
-    """Check a row of large leverage. The search knows its own curvature, so few steps suffice."""
+    """Check the first step for a row of large leverage, and the number of steps for another row.
+
+    The search knows the curvature that a removed row takes away. The first step is still no longer
+    than the step by A, the Hessian of all rows. Without this curvature, row 3 needs more steps.
+    """
     p, thetas = linear, []
     x = p.train.x.copy()
     x[5] *= 20
@@ -464,4 +487,4 @@ def test_an_interrupted_run_continues_and_ends_bit_for_bit(tmp_path, monkeypatch
     for other in (*({name: value} for name, value in others.items()), finer):
         calls.clear()
         kept(folder, tanh, **other)
-        assert len(calls) == 3, other  # results cached for other options are not used
+        assert len(calls) == 3, other  # nothing is taken from the cache, which has other options

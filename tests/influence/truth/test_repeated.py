@@ -1,4 +1,4 @@
-"""Tests of retraining by a history, against the same training in NumPy."""
+"""Tests of trainings repeated from a history without a row, against the same training in NumPy."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_all_rows_in_a_batch_are_the_recorded_training(tmp_path):
     history = History.load(tmp_path)
     net = GenericNeuralNet(model)
     train = net.given(rows(), "train")
-    with recorded.double():  # the recorded training had its learning rate in float64
+    with recorded.double():  # as in the recorded training, the learning rate is in float64
         training = repeated._Training(net, train, history)
         with training.running():
             training.run(0, -1)
@@ -73,8 +73,8 @@ def test_adam_a_schedule_and_running_means_are_repeated(tmp_path):
 
     def built():
         keras.utils.set_random_seed(0)
-        # A bias before the normalisation would have no gradient but rounding errors, which Adam
-        # would enlarge.
+        # The layer has no bias. Before a normalisation, the gradient of a bias is zero, but it is
+        # computed with rounding errors. Adam would divide them by their own size.
         layers = [keras.Input((4,)), keras.layers.Dense(5, use_bias=False)]
         layers.append(keras.layers.BatchNormalization())
         model = keras.Sequential([*layers, keras.layers.Dense(3, activation="softmax")])

@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def interrupted_problem():
     p = logistic("softmax", num_rows=30, num_inputs=3)
-    # This layer changes Keras' numbering of layers. The names of cached files must not depend on
-    # it.
+    # This unused layer changes the numbers in Keras' names of later layers. The names of cached
+    # files must not depend on these numbers.
     keras.layers.Dense(1)
     return p
 
@@ -205,7 +205,7 @@ def dropping():
 
 
 def draws(net, examples):
-    """Move theta by a random number."""
+    """Stand for a fit: move theta by a random number."""
     net.theta = net.theta + float(tf.reduce_sum(net.model(np.ones((4, 6)), training=True)))
 
 
@@ -222,9 +222,10 @@ def test_what_a_fit_draws_depends_on_no_other_refit(tmp_path):
         np.testing.assert_array_equal(after.numpy(), before)
     backwards = run([2, 1, 0])
     np.testing.assert_array_equal(backwards[:], expected[:, ::-1])
-    run([1], tmp_path)  # the run ends after this row, as if interrupted
+    run([1], tmp_path)  # store the refit of row 1, as an interrupted run would
     same(run([0, 1, 2], tmp_path), expected)
-    net.model(np.ones((4, 6)), training=True)  # now the model's next random numbers are different
+    # This call draws random numbers, so the model's next ones differ, and stored refits do not fit.
+    net.model(np.ones((4, 6)), training=True)
     assert np.abs(run([0, 1, 2], tmp_path)[:] - expected[:]).min() > 1e-3
 
 
@@ -252,8 +253,11 @@ def unregistered():
 
 @pytest.mark.slow
 def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
-    """Test all in one function, because TensorFlow takes seconds to start in each process."""
-    # Use one thread in both processes. Otherwise the last bits may differ.
+    """Compare results of one and two processes, and check the error for a net that cannot be sent.
+
+    All is in one test, because TensorFlow takes seconds to start in each process.
+    """
+    # Use one thread in every process. Otherwise the last bits may differ.
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")
     p, (net, train) = interrupted_problem(), dropping()
     given = p.net, p.train, p.test, [3, 1, 4]
@@ -262,8 +266,8 @@ def test_other_processes_give_the_same_bits_or_say_why_they_cannot(monkeypatch):
         lambda n: leave_one_out(
             net, train, train, [0, 1, 2], RefitOptions(method="fit", fit=draws, num_processes=n)
         ),
-        # This net has closed forms. Without them, every process would need seconds to trace the
-        # tape.
+        # The net of this call has closed forms. With a net without them, every process would need
+        # seconds to trace TensorFlow functions.
         lambda n: proximal_response(*given, ProximalOptions(block=2, num_processes=n), damping=0.5),
     ):
         one, two = work(1), work(2)
@@ -325,7 +329,10 @@ def test_no_more_processes_than_parts_share_the_cores(monkeypatch):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_nothing_is_sent_where_nothing_need_be(num_processes, monkeypatch):
-    """Check that one process needs no pickling: if one is asked for, or if joblib has only one."""
+    """Check that a net that cannot be pickled is accepted if there is only one process.
+
+    Either one process is asked for, or joblib gives only one of two.
+    """
     monkeypatch.setattr(runs.joblib, "effective_n_jobs", lambda _: 1)
     monkeypatch.setattr(runs.joblib, "Parallel", lambda **_: pytest.fail("sent"))
     runs.check_processes(num_processes, *unregistered())
@@ -345,7 +352,11 @@ def test_the_reason_is_one_sentence():
 
 
 def test_changes_and_losses_are_of_the_same_rounding():
-    """Check a change of 1e-7 in float32. Losses with different rounding would hide this change."""
+    """Check that changes are differences of losses that are computed in the same way, in float32.
+
+    At the net's own theta, all changes must be exactly 0. Losses with different rounding would
+    differ by about 1e-7, and hide changes of this size.
+    """
     rng = np.random.default_rng(0)
     net = MulticlassLogisticRegression(400, 3, dtype="float32")
     net.theta = rng.standard_normal(1200) / 20
