@@ -10,7 +10,9 @@ import numpy as np
 
 from examples import Trial
 
-_WORDS, _LENGTH, _UNITS = 2000, 80, 16
+_WORDS = 2000
+# The number of words that the model reads, and its width, for the real and for the made-up mails.
+_REAL_SIZE, _SMALL_SIZE = (80, 16), (26, 8)
 # The numbers of epochs, for the real mails and for the made-up mails.
 _REAL_EPOCHS, _SMALL_EPOCHS = 6, 30
 # The numbers of training and test mails, for Enron's mails and for the made-up mails.
@@ -35,16 +37,17 @@ def make(out: Path, folder: Path | None) -> Trial:
         place = out / "mails" / part / ("ham", "spam")[label]
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{number:05d}.txt").write_text(text, encoding="utf-8")
+    length, units = _SMALL_SIZE if folder is None else _REAL_SIZE
     keras.utils.set_random_seed(0)
     rows = keras.utils.text_dataset_from_directory(out / "mails" / "train", seed=0, verbose=False)
-    words = keras.layers.TextVectorization(_WORDS, output_sequence_length=_LENGTH)
+    words = keras.layers.TextVectorization(_WORDS, output_sequence_length=length)
     words.adapt(rows.map(lambda x, y: x))
     model = keras.Sequential(
         [
             keras.Input((1,), dtype="string"),
             words,
-            keras.layers.Embedding(words.vocabulary_size(), _UNITS, mask_zero=True),
-            keras.layers.LSTM(_UNITS),
+            keras.layers.Embedding(words.vocabulary_size(), units, mask_zero=True),
+            keras.layers.LSTM(units),
             keras.layers.Dense(1, activation="sigmoid"),
         ]
     )
