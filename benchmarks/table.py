@@ -279,7 +279,10 @@ def _cnn(result: dict[str, Any]) -> str:
 
 
 def _cut(none: int | None, count: int | None) -> str:
-    """Return a number of iterations as text, with the ratio `none / count` in brackets."""
+    """Return `count` iterations as text.
+
+    In brackets: `none`, the iterations without a preconditioner, divided by `count`.
+    """
     if count is None:
         return "negative curvature"
     return f"{count} ({_number(none / count)})" if none is not None else f"{count}"

@@ -204,7 +204,10 @@ def run(config: Config, data: Any, *, checkpoints: Path | None = None) -> Record
 
 
 def remarks(record: Record) -> list[str]:
-    """Return remarks on the rows that are left out, and on the error of predictions for whole rows.
+    """Return remarks on rows that r does not count, and on the error of the predictions.
+
+    r does not count a removed row whose refit reaches no minimum. The predictions are those for the
+    removal of a whole row.
 
     Let p be the first-order prediction for a whole row. The number h measures the effect of the
     row's own curvature. A refit that removes the fraction e of the row's weight changes the loss by

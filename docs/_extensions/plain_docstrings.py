@@ -59,7 +59,10 @@ def rewritten(lines: list[str]) -> list[str]:
 
 
 def _section(name: str, first: str, rest: list[str]) -> list[str]:
-    """Return a section. Its text may begin in the line of its name."""
+    """Return the lines of one section of a docstring in Google's form.
+
+    `first` is the text on the line of the section's name, or empty. `rest` has the lines below it.
+    """
     if not first:
         joined = [_NAMES.sub(lambda m: f"{m[1]}{m[2].replace(', ', ',')}: ", line) for line in rest]
         return [f"{name}:", *map(_marked, joined)]

@@ -17,7 +17,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 _DOCS = _ROOT / "docs"
 # The page in docs/ that shows each file, if the file exists.
 _PAGES = {"CHANGELOG.md": "changelog", "results/benchmarks/README.md": "benchmarks"}
-# A list of pages that match nothing would be a warning.
+# `_LIST` matches a toctree with a glob pattern. If no page matches the pattern, the toctree is
+# removed, because Sphinx would warn about it.
 _OPTIONS = r"(?::\w+:.*\n)*"
 _LIST = re.compile(rf"^```{{toctree}}\n{_OPTIONS}:glob:\n{_OPTIONS}\n(\S+)\n```\n", re.MULTILINE)
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s]+)(?=\))")

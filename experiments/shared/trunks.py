@@ -208,7 +208,10 @@ def _features_of(
     root: Path | None,
     folder: Path | None,
 ) -> dict[str, NDArray]:
-    """Return a dict from each layer to its features (n, f), and from `_SECONDS` to their time."""
+    """Return a dict from each layer to its features (n, f).
+
+    The key `_SECONDS` holds the seconds that the computation of all features took.
+    """
     x = images.resized(x, NETWORKS[network].side)
     net: TopLayer | None = None
     widths: list[int] = []

@@ -199,7 +199,10 @@ class _Searches:
         self.longest[columns] = np.where(taken, longer, lengths / 2)
 
     def look(self, columns: NDArray) -> None:
-        """Store the best thetas. Restart the counts of searches that improved or still descend."""
+        """Store the best theta of each search, and count its passes without improvement.
+
+        The count restarts at zero if the search improved or still descends.
+        """
         best, norms = self.best, self.norms[columns]
         smaller = norms < best.norms[columns]
         better = columns[smaller]

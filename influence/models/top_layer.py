@@ -79,15 +79,15 @@ class TopLayer(BinaryLogisticRegression):
     The logit is z = theta . (phi(x) - mean) / scale. phi(x) is the mean of the trunk's feature map
     over all positions.
 
-    `features` and `featured` compute features (n, f) of images. The other methods take features.
-    Only `input_gradient` also takes images.
+    `features` and `featured` compute features (n, f) of images. The other methods take features,
+    except `input_gradient`, which takes features or images.
 
     Args:
       trunk: Keras model from an image in [-1, 1] to a feature map (h', w', f) or a vector (f,). The
         function `cut` makes such a model. The trunk runs in inference mode and in its own
         precision, usually float32. The head is float64. If a network expects inputs of another
         range, it needs a rescaling layer first.
-      weight_decay: lambda of the penalty lambda/2 |w|^2.
+      weight_decay: lambda of the penalty lambda/2 |theta|^2.
       mean: (f,) m, such as the mean of the training set's pooled features; zero if None.
       scale: (f,) s > 0, such as the standard deviation of those features; one if None.
 

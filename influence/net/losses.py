@@ -228,7 +228,7 @@ class PerExampleLoss:
                 "reduction='sum_over_batch_size', by which Keras divides by the number of rows."
             )
         y, called = labels_of(y, self.output, several=self.role == "measurement"), f"{name}.y"
-        if isinstance(y, Mapping):  # only a measurement gets a dict, and may take any labels
+        if isinstance(y, Mapping):  # y is that of a measurement, which accepts any labels
             return
         called += "" if self.output is None else f"[{self.output!r}]"
         if self.labels is not None:

@@ -128,10 +128,10 @@ def check_reported(net: Any, probe: Examples, losses: NDArray, name: str) -> Non
             continue
         own = _mean(net, probe, losses, count)
         if abs(own - reported) <= _RTOL * max(abs(reported), np.abs(losses[:count]).mean()):
-            # The loop compares the values for two batch sizes. If a batch has as many rows as time
-            # steps, Keras applies the sample weights to the time steps, and the values differ. This
-            # is possible for only one of the two sizes. So with sample weights, it is enough if the
-            # values agree for one size.
+            # For each of two batch sizes, the loop compares our mean loss with the one that Keras
+            # reports. If a batch has as many rows as time steps, Keras applies the sample weights
+            # to the time steps, and the two losses differ. This can happen for only one of the two
+            # sizes. So with sample weights, it is enough if the losses agree for one size.
             if sample_weights(probe.y) is not None:
                 return
         else:

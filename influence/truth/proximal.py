@@ -299,10 +299,11 @@ def _proximal_block(task: Task, groups: Groups, search: _Search) -> dict[str, ND
 def _gradients(
     task: Task, net: GenericNeuralNet, train: Examples, groups: Groups, search: _Search
 ) -> Callable[[NDArray, NDArray], NDArray]:
-    """Return a function that computes gradients of F_i.
+    """Return a function (thetas, columns) -> gradients of F_i.
 
-    Column c of its argument (d, j) is the theta of one row i. Column c of its result (d, j) is the
-    gradient of F_i at this theta. Data passes use the dtype of `net`.
+    Column c of `thetas` (d, j) is a theta for the removed row i that has the number `columns[c]`.
+    Column c of the result (d, j) is the gradient of F_i at this theta. Data passes use the dtype of
+    `net`.
     """
     removed = Removal(net, train, groups, task.batch_size, search.fraction)
     theta_s, size = task.net.theta[:, None], task.batch_size

@@ -173,7 +173,7 @@ def _sums(net, theta, x, y):
 
 
 class _Counting:
-    """A question that computes the squares of rows and caches them for each theta and batch."""
+    """A question (see Examples.map_over) that computes and caches one square for each row."""
 
     num_vectors, keeps = 3, True
 

@@ -88,7 +88,8 @@ def head_alone(model, names, x):
 def frozen(how, counts=False):
     """Return (net, model). Theta has the weights of the layers `hidden` and `head` only.
 
-    With `how` = "layers", the call names these two layers. Otherwise all other layers are frozen.
+    If `how` is "layers", `GenericNeuralNet` gets these two names. Otherwise all other layers are
+    frozen in Keras.
     """
     model, trunk = network(nested=how != "flat", counts=counts)
     if how == "layers":

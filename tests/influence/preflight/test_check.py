@@ -44,7 +44,7 @@ def trained(model, loss, x, y):
 
 
 def tanh_classifier():
-    """Return a network with dropout and a frozen layer, and its training set, at a minimum."""
+    """Return a network at its minimum, with dropout and a frozen layer, and its training set."""
     frozen = L.Dense(3, trainable=False, **D64)
     layers = [frozen, penalised(L.Dense, 4, activation="tanh"), L.Dropout(0.5, **D64)]
     model = sequential((2,), *layers, penalised(L.Dense, 3), **D64)
@@ -54,7 +54,7 @@ def tanh_classifier():
 
 
 def convolutional():
-    """Return a small convolutional net and its training set with one-hot labels, at a minimum."""
+    """Return a small convolutional net at its minimum, and its training set of one-hot labels."""
     layers = penalised(L.Conv2D, 2, 3, activation="tanh"), L.GlobalAveragePooling2D(**D64)
     model = sequential((5, 5, 1), *layers, penalised(L.Dense, 2), **D64)
     rng = np.random.default_rng(0)

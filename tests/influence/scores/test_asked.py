@@ -1,7 +1,7 @@
 """Tests of scores for one number of a whole test set, such as its mean loss.
 
-Such a question needs only one linear system. Other tests check the warning that is given if a
-predicted change would make a loss negative.
+Scores for one such number need only one linear system. Further tests in this module check the
+warning that is given if a predicted change would make a loss negative.
 """
 
 import keras

@@ -37,7 +37,11 @@ def test_is_the_score_for_each_unit_of_the_move(problem, kind, problems):
 
 
 def test_the_papers_formulas_have_no_n(problems):
-    """Compare with the paper's formulas. The factors 1/n of score and size cancel in the ratio."""
+    """Compare with the formulas of Barshan et al.
+
+    The score and the size of the change of theta both have the factor 1/n. It cancels in their
+    ratio.
+    """
     p = problems["softmax"]
     g = p.oracle.gradients(p.theta)[ROWS] + p.oracle.penalty * p.theta
     X = np.linalg.solve(p.oracle.hessian(p.theta), g.T)

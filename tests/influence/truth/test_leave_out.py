@@ -94,7 +94,8 @@ def test_newton_is_the_independent_refit(kind, weight_decay):
     expected = changes(p, groups)
     assert got.converged.all() and (got.gradient_norm <= 1e-12).all()
     # A refit stops at a gradient norm of 1e-12, so |theta - minimum| <= 1e-12 / weight_decay. The
-    # gradients of test losses have norms of about 1, so the changes have errors of this size, too.
+    # gradients of test losses have norms of about 1. So the errors of the changes of test losses
+    # are also at most about 1e-12 / weight_decay.
     assert np.abs(got[:] - expected).max() < 1e-8 and np.abs(expected).max() > 0.02
     for column, group in zip(got.rows, groups, strict=True):
         np.testing.assert_array_equal(column, group)
