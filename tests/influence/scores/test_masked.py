@@ -59,6 +59,10 @@ KINDS = {
 }
 
 
+# The kinds of the long tests. Both void labels take the same way through the library.
+LONG = ("tagging", "void_255")
+
+
 def fitted(kind, n):
     """Return (model, net, train, test), with the model at its minimum."""
     make, rows, _ = KINDS[kind]
@@ -104,6 +108,7 @@ def tags():
     return Problem("tagging")
 
 
+@pytest.mark.parametrize("problem", LONG, indirect=True)
 def test_scores_of_every_kind(problem, tmp_path):
     p = problem
     influence = Influence(p.net, p.train)
@@ -192,6 +197,7 @@ def test_a_refit_is_the_minimum_of_keras_risk_of_the_remaining_rows(tags):
     assert relative_error(fitted, change) < 1e-5
 
 
+@pytest.mark.parametrize("problem", LONG, indirect=True)
 def test_newton_refits_and_proximal_responses_are_the_same_refits(problem):
     p = problem
     rows, groups = [0, 1, 2], [np.arange(12), np.array([1]), np.array([1, 40, 41])]
