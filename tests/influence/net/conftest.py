@@ -1,9 +1,10 @@
-"""A fixture with a small network, and with losses and gradients by a plain tape."""
+"""Fixtures: a small network with derivatives by a plain tape, and a recorded training."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.influence.net import trainings
 from tests.influence.problems import tanh_net
 
 
@@ -37,3 +38,10 @@ def tanh():
 
     V = np.random.default_rng(1).standard_normal((net.num_parameters, 2))
     return net, examples, losses, gradients, V
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """Return a history and the `Watch` of the same training."""
+    folder = tmp_path_factory.mktemp("first")
+    return trainings.trained(folder, trainings.built(), trainings.rows())
