@@ -177,7 +177,11 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="the trained model, see below")
     parser.add_argument("data", metavar="DATA", help="the training rows, see below")
     add = parser.add_argument
-    add("--test", metavar="DATA", help="the test rows, in a form of DATA")
+    add(
+        "--test",
+        metavar="DATA",
+        help="the test rows, in a form of DATA (default: the training rows)",
+    )
     if command == "explain":
         _add_rows(parser, "explain")
         add(
@@ -261,7 +265,11 @@ def _add_rows(parser: argparse.ArgumentParser, what: str) -> None:
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to read DATA")
     add = group.add_argument
-    add("--target", metavar="COLUMN", help="a table's column of labels (default: target, label, y)")
+    add(
+        "--target",
+        metavar="COLUMN",
+        help="a table's column of labels (default: target, label, labels, class or y)",
+    )
     add(
         "--text",
         metavar="COLUMN",
