@@ -26,9 +26,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         argparse.ArgumentParser(prog="python -m examples", description=__doc__, allow_abbrev=False)
     )
     parser.add_argument("name", choices=NAMES, help="the example")
-    parser.add_argument("--data", type=Path, help="the folder of the real data (default: small)")
-    parser.add_argument("--out", type=Path, default=Path("examples-out"), help="where to write")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="the folder of the real data; without it, the example is small",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("examples-out"),
+        help="where to write (default: examples-out)",
+    )
     options = parser.parse_args(arguments)
+    if options.data is not None and not options.data.is_dir():
+        parser.error(f"--data must be an existing folder, got {str(options.data)!r}.")
     console.import_tensorflow()
     from influence.__main__ import main as ask
 

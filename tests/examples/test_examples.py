@@ -5,6 +5,7 @@ import json
 import pytest
 
 from examples import NAMES, maker
+from examples.__main__ import main as main_of_examples
 from influence.__main__ import main
 
 KINDS = {"images": "image", "photographs": "image", "table": "table", "mails": "text"}
@@ -67,3 +68,12 @@ def test_the_four_questions_are_answered(trial, tmp_path, capsys):
 def test_an_unknown_example_is_named():
     with pytest.raises(ValueError, match="the example must be one of images, photographs"):
         maker("what")
+
+
+def test_a_folder_that_does_not_exist_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main_of_examples(["table", "--data", "/no/such/folder"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "--data must be an existing folder, got '/no/such/folder'." in error
+    assert error.count("\n") == 1
