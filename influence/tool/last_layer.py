@@ -16,8 +16,9 @@ For numbers it is exact: y - (y - z) / (1 - h), with the row's fitted value z an
 lambda is chosen from a fixed grid by the mean loss on held-out rows. Without held-out rows, it is
 chosen by the mean leave-one-out loss, weighted by w. The choice is the largest lambda whose mean
 loss is within one standard error of the least mean loss (Breiman, Friedman, Olshen & Stone 1984,
-section 3.4.3). So the refit fits a label, which may be wrong, only as closely as clearly improves
-the predictions. The choice needs no information about which labels are wrong.
+section 3.4.3). A smaller lambda fits the labels more closely, and some labels may be wrong. So a
+smaller lambda is taken only if it clearly improves the predictions. The choice needs no information
+about which labels are wrong.
 
 The refit has a limit: the features come from a training that used every label. If the network
 memorised a wrong label, the features of this row may already resemble the wrong class.
@@ -153,10 +154,13 @@ def last_layer(
         y = (y - mean) / scale
     fit = _classes(x, y, num_classes, w) if num_classes else _numbers(x, y, w)
     tried: list[_Fit] = []
+    seen, known = (
+        (None, y) if held_out is None else (transform(held_out[0]), np.asarray(held_out[1]))
+    )
     for decay in sorted(WEIGHT_DECAYS, reverse=True):
         found = fit(decay)
-        if held_out is not None:
-            z, known = found.outputs_of(transform(held_out[0])), np.asarray(held_out[1])
+        if seen is not None:
+            z = found.outputs_of(seen)
             left = known - (z[:, 0] * scale + mean)
             lost = _cross_entropy(_two(z), known) if num_classes else left**2 / 2
             found = replace(found, held_out=lost)
